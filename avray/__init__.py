@@ -1,0 +1,12 @@
+"""avray turns recordings into served generators, on Ray. ``avray.load("runs/x/best").generate(…)`` is the door."""
+
+__version__ = "0.1.0"
+
+__all__ = ["load"]
+
+
+def load(checkpoint: str, device: str = "cpu", slots: int = 1):  # type: ignore[no-untyped-def]
+    """Open a run, a link or a checkpoint folder for generation; see :class:`avray.engine.Generator`."""
+    from avray.engine import Generator
+
+    return Generator.open(checkpoint, device=device, slots=slots)

@@ -1,0 +1,206 @@
+"""Every setting of every command, as frozen dataclasses that check themselves.
+
+One root for each command (``TrainSettings`` for ``pipelines/train.py`` …); the groups inside are shared. They are the
+only schema there is: the Hydra groups in ``avray/conf`` start from these defaults, and what Hydra composes becomes one
+of these objects through :func:`from_mapping`. A family and a codec stay mappings here (``name`` or ``_target_`` and
+their own fields), so that nothing has to import torch to refuse a bad setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from avray.settings.convert import (
+    absolute,
+    check_above_zero,
+    check_at_least,
+    from_mapping,
+    import_target,
+    instantiate,
+    make_absolute,
+    to_mapping,
+)
+from avray.settings.data import DataSettings
+from avray.settings.trainer import LoggerSettings, OptimizerSettings, ScheduleSettings, TrainerSettings
+
+__all__ = [
+    "DataSettings", "EvaluateSettings", "GenerateSettings", "LoggerSettings", "LoggingSettings", "OptimizerSettings",
+    "PrepareSettings", "RunSettings", "ScheduleSettings", "TrainSettings", "TrainerSettings", "absolute",
+    "from_mapping", "import_target", "instantiate", "to_mapping",
+]
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """``run``"""
+
+    dir: str = "runs/run"
+    """The run's folder, made absolute; the YAML's default is ``runs/<family>-<date>-<time>``."""
+
+    def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("run.dir is empty: give a folder.")
+        make_absolute(self, "dir")
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """``logging``: what is printed."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of avray's own messages, on stderr."""
+    progress: Literal["auto", "on", "off"] = "auto"
+    """The progress line; ``auto``: only on a terminal."""
+
+
+@dataclass(frozen=True)
+class CommandSettings:
+    """What every command takes."""
+
+    seed: int = 0
+    """Of everything drawn at random: weights, order of rows, dropout, samples."""
+    cluster: str | None = None
+    """null: a Ray of our own on this machine; else an address, or the YAML file that ``ray up`` took."""
+    run: RunSettings = RunSettings()
+    data: DataSettings = field(default_factory=DataSettings)
+    logging: LoggingSettings = LoggingSettings()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}.")
+
+
+@dataclass(frozen=True)
+class PrepareSettings(CommandSettings):
+    """``pipelines/prepare.py``: encode a data set into the cache."""
+
+    dry_run: bool = False
+    """Report what the data set holds (rows, hours, rates, rejects, splits) and encode nothing."""
+    family: Mapping[str, Any] = field(default_factory=dict)
+    """``name`` (or ``_target_``) and the family's own fields."""
+    codec: Mapping[str, Any] = field(default_factory=dict)
+    """``name`` (or ``_target_``) and the codec's own fields; the family refers to it."""
+
+
+@dataclass(frozen=True)
+class TrainSettings(CommandSettings):
+    """``pipelines/train.py``"""
+
+    dry_run: bool = False
+    """Build everything, train one batch, save, reload and sample; still writes ``summary.json``."""
+    resume: bool = False
+    """Go on with what ``run.dir`` holds."""
+    init_from: str | None = None
+    """A checkpoint (run, link or folder) whose weights to start from: fine-tuning."""
+    family: Mapping[str, Any] = field(default_factory=dict)
+    """``name`` (or ``_target_``) and the family's own fields."""
+    codec: Mapping[str, Any] = field(default_factory=dict)
+    """``name`` (or ``_target_``) and the codec's own fields; the family refers to it."""
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        make_absolute(self, "init_from")
+        if self.resume and self.init_from is not None:
+            raise ValueError("resume=true goes on with run.dir and init_from starts a new run; give one of them.")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(CommandSettings):
+    """``pipelines/evaluate.py``: a checkpoint's report, or with ``codec=`` alone a codec's round trip."""
+
+    checkpoint: str | None = None
+    """A run, a link in it, or a checkpoint folder."""
+    codec: Mapping[str, Any] = field(default_factory=dict)
+    """``name`` and fields of the codec whose round trip to report, instead of a checkpoint."""
+    family: Mapping[str, Any] = field(default_factory=dict)
+    """Only for a family of one's own: its ``_target_``."""
+    split: Literal["validation", "train", "all"] = "validation"
+    """The rows to look at."""
+    max_rows: int | None = None
+    """Rows for the loss; null: all."""
+    num_samples: int = 16
+    """Rows to generate for, compare with their targets and show; 0: the loss alone."""
+    batch_size: int = 16
+    """Rows at a time for the loss."""
+    slots: int = 4
+    """Requests generated side by side."""
+    device: Device = "auto"
+    """``auto``: cuda where there is one, else cpu."""
+    num_codebooks: tuple[int, ...] = (1, 2, 4, 8)
+    """Round trips of a codec: the continuous latents, and these many codebooks as far as it has them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        make_absolute(self, "checkpoint")
+        check_at_least("", self, 1, "max_rows", "batch_size", "slots")
+        check_at_least("", self, 0, "num_samples")
+        if any(number < 1 for number in self.num_codebooks):
+            raise ValueError(f"num_codebooks must be at least 1 each, got {list(self.num_codebooks)}.")
+        if (self.checkpoint is None) == (not self.codec):
+            raise ValueError("Give checkpoint=runs/<name>/best to evaluate a model, or codec=<name> for a codec's "
+                             "round trip, one of the two.")
+
+
+@dataclass(frozen=True)
+class GenerateSettings(CommandSettings):
+    """``pipelines/generate.py``: one request, or with ``data.path`` one for each of its rows."""
+
+    checkpoint: str | None = None
+    """A run, a link in it, or a checkpoint folder."""
+    family: Mapping[str, Any] = field(default_factory=dict)
+    """Only for a family of one's own: its ``_target_``."""
+    prompt: str | None = None
+    """Text to generate from."""
+    audio: str | None = None
+    """A recording to generate from."""
+    video: str | None = None
+    """A clip to generate from."""
+    task: str | None = None
+    """For families that have several."""
+    output: str | None = None
+    """The file to write, or the folder where there are many; null: ``generated.wav`` (.mp4, .txt) or ``generated/``."""
+    include_prompt: bool = False
+    """Put the given recording in front of what was generated."""
+
+    seconds: float | None = None
+    """How long; null: the family's default, as for all that follow."""
+    max_tokens: int | None = None
+    """How long, in tokens or vectors."""
+    temperature: float | None = None
+    """0 always takes the likeliest."""
+    top_k: int | None = None
+    """Draw among the k likeliest."""
+    top_p: float | None = None
+    """Draw among the likeliest that together reach this probability."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1: none."""
+    num_steps: int | None = None
+    """Solver steps of a flow."""
+    beams: int | None = None
+    """Beam search over text."""
+
+    slots: int = 1
+    """Requests generated side by side."""
+    num_workers: int = 1
+    """Actors that generate, where there are many requests."""
+    device: Device = "auto"
+    """``auto``: cuda where there is one, else cpu."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint is None:
+            raise ValueError("checkpoint is missing: give a run or a checkpoint, such as checkpoint=runs/<name>/best.")
+        make_absolute(self, "checkpoint", "audio", "video", "output")
+        check_above_zero("", self, "seconds")
+        check_at_least("", self, 0, "temperature")
+        check_at_least("", self, 1, "max_tokens", "top_k", "num_steps", "beams", "slots", "num_workers")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        given = [name for name in ("prompt", "audio", "video") if getattr(self, name) is not None]
+        if self.data.path is not None and given:
+            raise ValueError(f"data.path gives one request a row; {' and '.join(given)} is for a single one.")

@@ -1,0 +1,1 @@
+"""The groups of settings, one file each. Import them from :mod:`avray.config`."""

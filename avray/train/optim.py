@@ -193,7 +193,7 @@ class Ema:
         """Take averages by name; further names (frozen weights, buffers) are left alone."""
         missing = [name for name in self.names if name not in state]
         if missing:
-            raise ValueError(f"The averaged weights are of another model: {len(missing)} parameters are absent, "
+            raise ValueError(f"The averaged weights are of another model: {len(missing)} parameters absent, "
                              f"{missing[0]} first.")
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(state[name])

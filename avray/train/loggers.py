@@ -1,0 +1,315 @@
+"""Where figures, sounds and pictures of a run go, and the one line that a person watches.
+
+Notable: every logger can be opened again at a step. What lies beyond it was written by a process that died
+after its last checkpoint; the resumed run will write it anew, so it is dropped (TensorBoard's ``purge_step``,
+rows of the CSV). A step is the number of updates done, so a checkpoint of step s keeps the rows of step s.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+
+from avray.errors import MissingDependency
+from avray.media import Audio
+
+
+class Logger(Protocol):
+    """Takes figures, float32 sound ``[channels, time]`` and uint8 pictures ``[height, width, 3]`` of a
+    step."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def audio(self, step: int, name: str, audio: Audio) -> None: ...
+
+    def image(self, step: int, name: str, rgb: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class LoggerGroup:
+    """Hands everything to each of several loggers."""
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self.loggers = list(loggers)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for logger in self.loggers:
+            logger.scalars(step, values)
+
+    def audio(self, step: int, name: str, audio: Audio) -> None:
+        for logger in self.loggers:
+            logger.audio(step, name, audio)
+
+    def image(self, step: int, name: str, rgb: np.ndarray) -> None:
+        for logger in self.loggers:
+            logger.image(step, name, rgb)
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()
+
+
+class TensorBoardLogger:
+    """Event files in ``folder``. TensorBoard plays mono only, so channels are averaged."""
+
+    def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = None if resume_step is None else resume_step + 1
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def audio(self, step: int, name: str, audio: Audio) -> None:
+        mono = audio.samples.mean(axis=0, keepdims=True).clip(-1.0, 1.0)
+        self.writer.add_audio(name, mono, step, sample_rate=audio.sample_rate_hz)
+
+    def image(self, step: int, name: str, rgb: np.ndarray) -> None:
+        self.writer.add_image(name, rgb, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class CsvLogger:
+    """``metrics.csv``: one row a step, one column a figure, an empty cell where a step has none.
+
+    A figure seen for the first time adds a column (the file is rewritten, atomically); figures of the same
+    step, given in several calls, share a row. Each call is on disk when it returns. Sound and pictures are
+    ignored.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.columns = ["step"]
+        self.last: dict[str, str] = {}
+        self.last_offset = 0
+        rows: list[dict[str, str]] = []
+        if resume_step is not None and self.path.exists():
+            whole_lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            reader = csv.DictReader(line for line in whole_lines if line.endswith("\n"))
+            self.columns = list(reader.fieldnames or self.columns)
+            rows = [row for row in reader if int(row["step"]) <= resume_step]
+        self._rewrite(rows)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        new = [name for name in values if name not in self.columns]
+        if new:
+            self.file.close()
+            with self.path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            self.columns += new
+            self._rewrite(rows)
+        same = self.last.get("step") == str(step)
+        row = dict(self.last) if same else {"step": str(step)}
+        row |= {name: _cell(value) for name, value in values.items()}
+        if same:
+            self.file.seek(self.last_offset)
+            self.file.truncate()
+        self._append(row)
+
+    def audio(self, step: int, name: str, audio: Audio) -> None:
+        pass
+
+    def image(self, step: int, name: str, rgb: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _append(self, row: dict[str, str]) -> None:
+        self.last, self.last_offset = row, self.file.tell()
+        csv.DictWriter(self.file, self.columns, restval="", lineterminator="\n").writerow(row)
+        self.file.flush()
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        self.file = partial.open("w", encoding="utf-8", newline="")
+        csv.DictWriter(self.file, self.columns, lineterminator="\n").writeheader()
+        self.last, self.last_offset = {}, self.file.tell()
+        for row in rows:
+            self._append(row)
+        self.file.flush()
+        os.replace(partial, self.path)
+
+
+def _cell(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.9g}"  # 9 digits tell any two float32 apart
+
+
+class WandbLogger:
+    """Weights & Biases. ``run_id`` is what a resumed run is found by; figures stand over our own ``step``,
+    because W&B refuses to go back to an earlier step of its own."""
+
+    def __init__(self, project: str, run_id: str, folder: str | Path, config: Mapping[str, Any]) -> None:
+        self.wandb = _optional("wandb")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.run = self.wandb.init(project=project, id=run_id, name=run_id, resume="allow", dir=str(folder),
+                                   config=dict(config))
+        self.run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log({"step": step, **values})
+
+    def audio(self, step: int, name: str, audio: Audio) -> None:
+        sound = self.wandb.Audio(audio.samples.T, sample_rate=audio.sample_rate_hz)
+        self.run.log({"step": step, name: sound})
+
+    def image(self, step: int, name: str, rgb: np.ndarray) -> None:
+        self.run.log({"step": step, name: self.wandb.Image(rgb)})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MlflowLogger:
+    """MLflow, at ``tracking_uri`` (a server or a database such as ``sqlite:///runs/mlflow.db``). Sound and
+    pictures are artifacts named after the figure and the step."""
+
+    def __init__(self, tracking_uri: str, experiment: str, run_name: str, config: Mapping[str, Any]) -> None:
+        mlflow = _optional("mlflow")
+        self.client = mlflow.MlflowClient(tracking_uri)
+        known = self.client.get_experiment_by_name(experiment)
+        experiment_id = known.experiment_id if known else self.client.create_experiment(experiment)
+        self.run_id = self.client.create_run(experiment_id, run_name=run_name).info.run_id
+        for key, value in config.items():
+            self.client.log_param(self.run_id, key, value)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.client.log_metric(self.run_id, name, float(value), step=step)
+
+    def audio(self, step: int, name: str, audio: Audio) -> None:
+        import soundfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"step-{step:08d}.wav"
+            soundfile.write(path, audio.samples.T, audio.sample_rate_hz)
+            self.client.log_artifact(self.run_id, str(path), artifact_path=name)
+
+    def image(self, step: int, name: str, rgb: np.ndarray) -> None:
+        self.client.log_image(self.run_id, rgb, artifact_file=f"{name}/step-{step:08d}.png")
+
+    def close(self) -> None:
+        self.client.set_terminated(self.run_id)
+
+
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependency(
+            f'Logging to {module} was asked for and {module} is not installed: pip install "avray[{module}]".'
+        ) from error
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known after ``step`` updates. ``rate`` is in units a second; ``waiting`` the share of time, 0
+    to 1, spent waiting for data; None is left out of the line."""
+
+    step: int
+    loss: float | None = None
+    validation_loss: float | None = None
+    learning_rate: float | None = None
+    rate: float | None = None
+    waiting: float | None = None
+
+
+class ProgressLine:
+    """One line: step, losses, rate, waiting, time left.
+
+    On a terminal it is refreshed in place, at most ten times a second. Anywhere else (a file, a CI log) it is
+    a plain line at most every ``every_s`` seconds, the first and the last one always.
+    """
+
+    def __init__(self, total_steps: int, unit: str = "rows", every_s: float = 30.0,
+                 stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total_steps, self.unit, self.clock = total_steps, unit, clock
+        self.stream = stream or sys.stderr
+        self.terminal = self.stream.isatty()
+        self.every_s = 0.1 if self.terminal else every_s
+        self.began: tuple[float, int] | None = None
+        self.shown_s = float("-inf")
+        self.shown = self.line = ""
+
+    def update(self, progress: Progress) -> None:
+        now = self.clock()
+        self.began = self.began or (now, progress.step)
+        self.line = self._format(progress, now)
+        if now - self.shown_s >= self.every_s or progress.step >= self.total_steps:
+            self._show()
+            self.shown_s = now
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the progress line."""
+        self.stream.write(("\r\x1b[2K" if self.terminal else "") + text + "\n")
+        if self.terminal:
+            self.shown = ""
+            self._show()
+        self.stream.flush()
+
+    def close(self) -> None:
+        self._show()
+        if self.terminal and self.line:
+            self.stream.write("\n")
+            self.stream.flush()
+
+    def _show(self) -> None:
+        if self.line == self.shown:
+            return
+        if self.terminal:
+            width = shutil.get_terminal_size().columns
+            self.stream.write("\r\x1b[2K" + self.line[: width - 1])
+        else:
+            self.stream.write(self.line + "\n")
+        self.stream.flush()
+        self.shown = self.line
+
+    def _format(self, progress: Progress, now: float) -> str:
+        step, total = progress.step, self.total_steps
+        parts = [f"step {step:,}/{total:,} ({100 * step / max(total, 1):.0f} %)"]
+        if progress.loss is not None:
+            parts.append(f"loss {progress.loss:.4g}")
+        if progress.validation_loss is not None:
+            parts.append(f"validation {progress.validation_loss:.4g}")
+        if progress.learning_rate is not None:
+            parts.append(f"lr {progress.learning_rate:.2g}")
+        if progress.rate is not None:
+            parts.append(f"{progress.rate:,.0f} {self.unit}/s" if progress.rate >= 10 else
+                         f"{progress.rate:.2g} {self.unit}/s")
+        if progress.waiting is not None:
+            parts.append(f"waiting for data {100 * progress.waiting:.0f} %")
+        assert self.began is not None
+        began_s, first_step = self.began
+        if step > first_step and step < total:
+            parts.append(f"{duration((now - began_s) / (step - first_step) * (total - step))} left")
+        return " · ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24} h"

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from avray.settings.convert import check_above_zero, check_at_least, check_fraction
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """``trainer.optimizer``"""
 
-    name: str = "adamw"
-    """``adamw``, ``adam``, ``sgd``, or the dotted name of a torch.optim.Optimizer class of your own."""
+    name: Literal["adamw", "adam", "nadam", "radam", "adafactor", "sgd"] = "adamw"
+    """As in torch.optim; nadam's and radam's weight decay is decoupled too."""
     lr: float = 1e-3
     """Learning rate at the top of the schedule."""
     weight_decay: float = 0.01
-    """Decoupled for adamw; not applied to biases and norms."""
+    """Decoupled but for adam and sgd."""
+    decay: Literal["all", "matrices"] = "all"
+    """What it applies to: every parameter (torch's way), or none with fewer than two dimensions (GPT-2's)."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's; for sgd the first is the momentum."""
+    """Of the two moments; for sgd the first is the momentum; adafactor has none."""
     eps: float = 1e-8
-    """Adam's."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the optimiser's class."""
+    """Added to the root of the second moment."""
 
     def __post_init__(self) -> None:
         check_above_zero("trainer.optimizer", self, "lr", "eps")
@@ -169,8 +170,8 @@ class TrainerSettings:
                               ("schedule.name=plateau", self.schedule.name == "plateau")):
                 if used:
                     raise ValueError(f"trainer.{key} needs trainer.validate_every_steps above 0.")
-        if self.max_steps is not None and self.schedule.warmup_steps > self.max_steps:
-            raise ValueError(f"trainer.schedule.warmup_steps ({self.schedule.warmup_steps}) must be at most "
+        if self.max_steps is not None and self.schedule.warmup_steps >= self.max_steps:
+            raise ValueError(f"trainer.schedule.warmup_steps ({self.schedule.warmup_steps}) must be below "
                              f"trainer.max_steps ({self.max_steps}).")
         for index, hook in enumerate(self.hooks):
             if "_target_" not in hook:

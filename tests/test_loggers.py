@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from avray.errors import MissingDependency
 from avray.media import Audio
+from avray.settings.trainer import LoggerSettings
 from avray.train.loggers import (
     CsvLogger,
     LoggerGroup,
@@ -21,6 +22,7 @@ from avray.train.loggers import (
     TensorBoardLogger,
     WandbLogger,
     duration,
+    open_loggers,
 )
 
 TONE = Audio(0.5 * np.sin(np.arange(2400, dtype=np.float32) / 8)[None].repeat(2, axis=0), 24_000)
@@ -131,7 +133,20 @@ def test_absent_extras_name_the_cure(tmp_path, monkeypatch):
     with pytest.raises(MissingDependency, match=r'pip install "avray\[wandb\]"'):
         WandbLogger("project", "run", tmp_path, {})
     with pytest.raises(MissingDependency, match=r'pip install "avray\[mlflow\]"'):
-        MlflowLogger("sqlite:///x.db", "experiment", "run", {})
+        MlflowLogger("experiment", "run", {}, "sqlite:///x.db")
+    with pytest.raises(MissingDependency):
+        open_loggers(LoggerSettings(mlflow=True), tmp_path / "run", {})
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_open_what_they_name(tmp_path):
+    for resume_step in (None, 1):
+        loggers = open_loggers(LoggerSettings(), tmp_path, {"seed": 0}, resume_step)
+        loggers.scalars(1 if resume_step is None else 2, {"loss": 1.0})
+        loggers.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.csv")] == ["1", "2"]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert open_loggers(LoggerSettings(tensorboard=False, csv=False), tmp_path, {}).loggers == []
 
 
 def test_wandb_is_given_our_step(tmp_path, monkeypatch):

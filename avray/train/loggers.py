@@ -17,12 +17,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import numpy as np
 
 from avray.errors import MissingDependency
 from avray.media import Audio
+
+if TYPE_CHECKING:
+    from avray.settings.trainer import LoggerSettings
 
 
 class Logger(Protocol):
@@ -39,7 +42,7 @@ class Logger(Protocol):
 
 
 class LoggerGroup:
-    """Hands everything to each of several loggers."""
+    """Hands everything to each of several loggers (none is fine)."""
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self.loggers = list(loggers)
@@ -178,10 +181,11 @@ class WandbLogger:
 
 
 class MlflowLogger:
-    """MLflow, at ``tracking_uri`` (a server or a database such as ``sqlite:///runs/mlflow.db``). Sound and
-    pictures are artifacts named after the figure and the step."""
+    """MLflow, where MLFLOW_TRACKING_URI says or at ``tracking_uri`` (a server, or a database such as
+    ``sqlite:///runs/mlflow.db``). Sound and pictures are artifacts named after the figure and the step."""
 
-    def __init__(self, tracking_uri: str, experiment: str, run_name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, experiment: str, run_name: str, config: Mapping[str, Any],
+                 tracking_uri: str | None = None) -> None:
         mlflow = _optional("mlflow")
         self.client = mlflow.MlflowClient(tracking_uri)
         known = self.client.get_experiment_by_name(experiment)
@@ -207,6 +211,26 @@ class MlflowLogger:
 
     def close(self) -> None:
         self.client.set_terminated(self.run_id)
+
+
+def open_loggers(settings: LoggerSettings, run_dir: Path, config: Mapping[str, Any],
+                 resume_step: int | None = None) -> LoggerGroup:
+    """The loggers that ``settings`` names, for the run in ``run_dir``; on rank 0 alone. ``config`` is shown
+    by the services. MissingDependency, before anything is written, where one is not installed."""
+    if settings.wandb:
+        _optional("wandb")
+    if settings.mlflow:
+        _optional("mlflow")
+    loggers: list[Logger] = []
+    if settings.csv:
+        loggers.append(CsvLogger(run_dir / "metrics.csv", resume_step))
+    if settings.tensorboard:
+        loggers.append(TensorBoardLogger(run_dir / "tensorboard", resume_step))
+    if settings.wandb:
+        loggers.append(WandbLogger(settings.wandb_project, run_dir.name, run_dir, config))
+    if settings.mlflow:
+        loggers.append(MlflowLogger("avray", run_dir.name, config))
+    return LoggerGroup(loggers)
 
 
 def _optional(module: str) -> Any:

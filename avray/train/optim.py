@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from avray.config import OptimizerSettings, ScheduleSettings
+    from avray.settings.trainer import OptimizerSettings, ScheduleSettings
 
 OPTIMIZERS = ("adamw", "adam", "nadam", "radam", "adafactor", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "plateau")
@@ -54,7 +54,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
             return torch.optim.Adafactor(groups, lr=lr)
         case "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=betas[0], fused=fused)
-    raise ValueError(f"optimizer.name={settings.name} is unknown; use one of {', '.join(OPTIMIZERS)}.")
+    raise ValueError(f"trainer.optimizer.name={settings.name} is unknown: use one of {OPTIMIZERS}.")
 
 
 def _decay_groups(parameters: list[nn.Parameter], settings: OptimizerSettings) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def _decay_groups(parameters: list[nn.Parameter], settings: OptimizerSettings) -
     if settings.decay == "all":
         return [{"params": parameters, "weight_decay": decay}]
     if settings.decay != "matrices":
-        raise ValueError(f"optimizer.decay={settings.decay} is unknown; use all or matrices.")
+        raise ValueError(f"trainer.optimizer.decay={settings.decay} is unknown; use all or matrices.")
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     others = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
@@ -131,9 +131,9 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleSettings,
     """The schedule of an optimiser just built: its present rates are the base rates, so build it before the
     optimiser's state is restored. ValueError for an unknown name or a warm-up that never ends."""
     if settings.name not in SCHEDULES:
-        raise ValueError(f"schedule.name={settings.name} is unknown; use one of {', '.join(SCHEDULES)}.")
-    if settings.name in ("linear", "cosine") and settings.warmup_steps >= max_steps:
-        raise ValueError(f"schedule.warmup_steps={settings.warmup_steps} leaves nothing of "
+        raise ValueError(f"trainer.schedule.name={settings.name} is unknown: use one of {SCHEDULES}.")
+    if settings.name in ("linear", "cosine") and settings.warmup_steps >= max_steps > 1:
+        raise ValueError(f"trainer.schedule.warmup_steps={settings.warmup_steps} leaves nothing of "
                          f"trainer.max_steps={max_steps} for {settings.name}: lower it or train longer.")
     return Schedule(optimizer, settings, max_steps)
 

@@ -1,0 +1,130 @@
+"""Who sees which row when: a function of (seed, epoch) alone, never of the number of workers.
+
+The global batch of G rows is drawn from L lanes (the largest divisor of G up to 256), G/L rows from each. An epoch
+permutes the shards with a counter-based generator, lays their rows end to end and cuts that line into L equal lanes;
+each lane is shuffled inside windows. Rank r of W owns the lanes l with l mod W = r, so any W that divides L gives the
+same global batches, and resuming at (epoch, step) reopens one window a lane: nothing before it is read.
+
+A *block* is one window of one lane, always ``block_rows`` long (the last is padded), because Ray Data deals blocks of
+constant row count to ranks round-robin. Blocks are numbered round by round: index = round * L + lane.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+MAX_LANES = 256
+PADDING = -1
+
+
+def num_lanes(batch_size: int) -> int:
+    """The largest divisor of ``batch_size`` up to 256."""
+    return next(lanes for lanes in range(min(batch_size, MAX_LANES), 0, -1) if batch_size % lanes == 0)
+
+
+@dataclass(frozen=True)
+class Order:
+    """``shard_rows[i]`` rows in shard i; ``window_rows`` rows held for shuffling over all lanes together."""
+
+    shard_rows: tuple[int, ...]
+    batch_size: int
+    seed: int = 0
+    window_rows: int = 1024
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"trainer.batch_size must be at least 1, got {self.batch_size}.")
+
+    @cached_property
+    def lanes(self) -> int:
+        return num_lanes(self.batch_size)
+
+    @property
+    def rows_per_lane(self) -> int:
+        """Rows a step takes from each lane."""
+        return self.batch_size // self.lanes
+
+    @cached_property
+    def num_rows(self) -> int:
+        return int(sum(self.shard_rows))
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        longest = -(-self.num_rows // self.lanes)
+        return -(-longest // self.rows_per_lane)
+
+    @cached_property
+    def steps_per_round(self) -> int:
+        return max(1, min(self.window_rows // self.batch_size, self.steps_per_epoch))
+
+    @property
+    def block_rows(self) -> int:
+        return self.steps_per_round * self.rows_per_lane
+
+    @cached_property
+    def rounds(self) -> int:
+        return -(-self.steps_per_epoch // self.steps_per_round)
+
+    def check_workers(self, num_workers: int, accumulate: int = 1) -> None:
+        """ValueError where this many workers cannot share the lanes evenly."""
+        if self.lanes % num_workers:
+            divisors = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
+            raise ValueError(
+                f"trainer.batch_size={self.batch_size} has {self.lanes} lanes, which {num_workers} workers cannot share "
+                f"evenly: use a multiple of {num_workers}, or trainer.num_workers from {divisors}."
+            )
+        rows = self.batch_size // num_workers
+        if rows % accumulate:
+            raise ValueError(
+                f"trainer.accumulate={accumulate} does not divide the {rows} rows a worker has in each step "
+                f"(trainer.batch_size={self.batch_size} over {num_workers} workers)."
+            )
+
+    def block(self, epoch: int, lane: int, round_index: int) -> np.ndarray:
+        """int64 ``[block_rows, 2]``: (shard, row in shard) in the order the lane is read; padding is (-1, -1)."""
+        start = lane * self.num_rows // self.lanes
+        stop = (lane + 1) * self.num_rows // self.lanes
+        first = start + round_index * self.block_rows
+        positions = np.arange(first, min(first + self.block_rows, stop))
+        if self.shuffle and len(positions):
+            positions = positions[self._generator(epoch, 1 + lane, round_index).permutation(len(positions))]
+        block = np.full((self.block_rows, 2), PADDING, dtype=np.int64)
+        permutation, ends = self._line(epoch)
+        which = np.searchsorted(ends, positions, side="right")
+        block[: len(positions), 0] = permutation[which]
+        block[: len(positions), 1] = positions - (ends[which] - np.asarray(self.shard_rows)[permutation[which]])
+        return block
+
+    def blocks(self, epoch: int, first_round: int = 0) -> list[tuple[int, int, int]]:
+        """(epoch, round, lane) of each block from ``first_round`` on, as they are dealt."""
+        return [(epoch, r, lane) for r in range(first_round, self.rounds) for lane in range(self.lanes)]
+
+    def step(self, epoch: int, step: int) -> np.ndarray:
+        """int64 ``[batch_size, 2]``: the rows of one step, lane by lane."""
+        offset = step % self.steps_per_round * self.rows_per_lane
+        return np.concatenate([
+            self.block(epoch, lane, step // self.steps_per_round)[offset : offset + self.rows_per_lane]
+            for lane in range(self.lanes)
+        ])
+
+    def shards_of(self, block: np.ndarray) -> list[int]:
+        """The shards a block needs, in order of first use."""
+        return list(dict.fromkeys(int(s) for s in block[:, 0] if s != PADDING))
+
+    def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        cached = self.__dict__.get("_line_cache")
+        if cached is None or cached[0] != epoch:
+            count = len(self.shard_rows)
+            permutation = self._generator(epoch, 0, 0).permutation(count) if self.shuffle else np.arange(count)
+            ends = np.cumsum(np.asarray(self.shard_rows, dtype=np.int64)[permutation])
+            cached = (epoch, permutation, ends)
+            self.__dict__["_line_cache"] = cached
+        return cached[1], cached[2]
+
+    def _generator(self, epoch: int, stream: int, index: int) -> np.random.Generator:
+        """Philox (Salmon et al. 2011): key (seed, epoch), counter (stream, index); no state to save."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, 0, stream, index]))

@@ -11,6 +11,7 @@ family through these methods only, in this order:
     build(fitted) -> nn.Module           one root module, also on the meta device
     init(model, generator)               base weights, once, before step 0
     loss(model, batch, generator)        sums, so that masks, accumulation and uneven ranks stay right
+    question(example) -> Question        a held-out example asked as a request: samples, evaluation
     prompt(request) -> Prompt            a request takes the same columns and collate as training does
     sampler(model, fitted, slots)        how every kind of model generates
     renderer(fitted, device)             what turns its pieces into sound, pictures or text
@@ -197,6 +198,17 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A held-out example asked as a request: what is given, and the sound (or text) that was the answer."""
+
+    prompt: Unit | None = None
+    target: Unit | None = None
+    text: str | None = None
+    seconds: float | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A request as a row-to-be: each role's media (to be encoded by the columns of its modality) and plain fields."""
 
@@ -311,6 +323,9 @@ class Family(Protocol):
 
     def baselines(self, batch: Batch, fitted: Fitted) -> dict[str, dict[str, Tensor]]:
         """What trivial predictors lose on this batch: name -> term -> sum."""
+
+    def question(self, example: Example) -> Question:
+        """What to ask with a held-out example, and the answer to hold the result against."""
 
     def prompt(self, request: Request) -> Prompt:
         """ValueError, naming the field, for a request this model cannot take."""

@@ -39,7 +39,7 @@ class RunSettings:
     """``run``"""
 
     dir: str = "runs/run"
-    """The run's folder, made absolute; the YAML's default is ``runs/<family>-<date>-<time>``."""
+    """Where the results go, made absolute. A job of ``--multirun`` gets its number appended."""
 
     def __post_init__(self) -> None:
         if not self.dir:
@@ -65,7 +65,6 @@ class CommandSettings:
     """Of everything drawn at random: weights, order of rows, dropout, samples."""
     cluster: str | None = None
     """null: a Ray of our own on this machine; else an address, or the YAML file that ``ray up`` took."""
-    run: RunSettings = RunSettings()
     data: DataSettings = field(default_factory=DataSettings)
     logging: LoggingSettings = LoggingSettings()
 
@@ -80,10 +79,13 @@ class PrepareSettings(CommandSettings):
 
     dry_run: bool = False
     """Report what the data set holds (rows, hours, rates, rejects, splits) and encode nothing."""
+    run: RunSettings = RunSettings()
     family: Mapping[str, Any] = field(default_factory=dict)
     """``name`` (or ``_target_``) and the family's own fields."""
     codec: Mapping[str, Any] = field(default_factory=dict)
     """``name`` (or ``_target_``) and the codec's own fields; the family refers to it."""
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    """Of no effect here; taken so that ``experiment=`` and train.py's command line fit."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class TrainSettings(CommandSettings):
     """Go on with what ``run.dir`` holds."""
     init_from: str | None = None
     """A checkpoint (run, link or folder) whose weights to start from: fine-tuning."""
+    run: RunSettings = RunSettings()
     family: Mapping[str, Any] = field(default_factory=dict)
     """``name`` (or ``_target_``) and the family's own fields."""
     codec: Mapping[str, Any] = field(default_factory=dict)
@@ -115,6 +118,7 @@ class EvaluateSettings(CommandSettings):
 
     checkpoint: str | None = None
     """A run, a link in it, or a checkpoint folder."""
+    run: RunSettings = RunSettings()
     codec: Mapping[str, Any] = field(default_factory=dict)
     """``name`` and fields of the codec whose round trip to report, instead of a checkpoint."""
     family: Mapping[str, Any] = field(default_factory=dict)

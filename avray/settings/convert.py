@@ -32,7 +32,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T
     settable = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in mapping:
         if key not in settable:
-            raise ValueError(f"{_join(where, key)} is not a setting{did_you_mean(str(key), settable, where)}.")
+            raise ValueError(f"{_join(where, key)} is not a setting{did_you_mean(str(key), settable, where)}")
     for name, field in settable.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in mapping:
@@ -54,12 +54,14 @@ def to_mapping(settings: Any) -> Any:
 
 
 def did_you_mean(word: str, known: Iterable[str], where: str = "") -> str:
-    """``"; did you mean x?"`` as the tail of a sentence, or all there is to choose from where nothing is near."""
+    """``"; did you mean x?"`` as the end of a sentence, or what there is to choose from where nothing is near."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
-        return f"; did you mean {_join(where, near[0])}"
-    return f"; there are {', '.join(known)}" if known else ""
+        return f"; did you mean {_join(where, near[0])}?"
+    if len(known) > 12:
+        return f"; --help{' ' + where.partition('.')[0] if where else ''} lists what there is."
+    return f"; there is {', '.join(known)}." if known else "."
 
 
 def instantiate(value: Any, where: str = "") -> Any:
@@ -99,7 +101,7 @@ def import_target(path: Any, where: str = "_target_") -> Any:
     target = getattr(module, name, None)
     if not callable(target):
         raise ValueError(f"{where}={path}: {module_name} has no class or function {name}"
-                         f"{did_you_mean(name, [key for key in vars(module) if not key.startswith('_')][:200])}.")
+                         f"{did_you_mean(name, [key for key in vars(module) if not key.startswith('_')])}")
     return target
 
 

@@ -1,0 +1,191 @@
+"""What every command has in common: Hydra's grammar, help a person can read, one sentence for an error, an exit code.
+
+A script is ``sys.exit``-free: ``run_command(main, TRAIN)``, where ``main`` takes the checked settings and returns the
+line that says where the results are. Notable: ``--help`` and most wrong settings are answered without importing torch
+or Ray; ``--help`` not even imports Hydra.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from avray.config import EvaluateSettings, GenerateSettings, PrepareSettings, RunSettings, TrainSettings, from_mapping
+from avray.errors import CheckpointError, DataError, MissingDependency, TrainingFailed
+from avray.settings.help import Command, help_text
+
+__all__ = ["EVALUATE", "GENERATE", "PREPARE", "TRAIN", "Command", "compose", "run_command"]
+
+EXIT_CODES = {KeyboardInterrupt: 130, ValueError: 2, DataError: 3, CheckpointError: 3, MissingDependency: 4,
+              TrainingFailed: 5}
+"""Anything else is a bug: its traceback, and 1."""
+
+_RUN_DIR = "Where the results go; a job of --multirun gets its number appended."
+_FAMILY = {"family.segment_s": ("2", "Seconds of one segment; other keys of a family: --cfg job -p family."),
+           "run.dir": ("runs/<family>-<date>-<time>", _RUN_DIR)}
+
+TRAIN = Command(
+    "train", TrainSettings,
+    "Train a model on recordings: the demo set, or a folder of your own.",
+    ("run.dir", "seed", "dry_run", "resume", "init_from", "cluster", "data.path", "data.mode", "data.cache",
+     "family.segment_s", "trainer.max_steps", "trainer.stop_at_step", "trainer.batch_size", "trainer.num_workers",
+     "trainer.use_gpu", "trainer.precision", "trainer.optimizer.lr", "trainer.schedule.name",
+     "trainer.validate_every_steps", "trainer.checkpoint_every_steps"),
+    ("", "data.path=/my/wavs codec=encodec_24khz trainer=gpu1 trainer.max_steps=20000",
+     "experiment=continuation data.path=/my/wavs", "run.dir=runs/x resume=true", "--cfg job trainer=debug"),
+    extra_keys=_FAMILY)
+PREPARE = Command(
+    "prepare", PrepareSettings,
+    "Encode a data set into the cache, or report what it holds (dry_run=true).",
+    ("run.dir", "dry_run", "cluster", "data.path", "data.texts", "data.cache", "data.validation_fraction",
+     "data.max_reject_fraction", "data.embed_workers", "data.embed_num_gpus", "family.segment_s"),
+    ("data.path=/my/wavs dry_run=true", "data.path=/my/wavs codec=mimi data.cache=s3://bucket/cache"),
+    extra_keys=_FAMILY | {"run.dir": ("runs/prepare-<family>-<date>-<time>", _RUN_DIR)})
+EVALUATE = Command(
+    "evaluate", EvaluateSettings,
+    "Report on a checkpoint (loss, baselines, metrics, pictures), or on a codec's round trip.",
+    ("checkpoint", "run.dir", "data.path", "split", "max_rows", "num_samples", "batch_size", "device",
+     "num_codebooks"),
+    ("checkpoint=runs/x/best", "checkpoint=runs/x/best data.path=/other/wavs split=all",
+     "codec=spectral data.path=/my/wavs"),
+    extra_keys={"run.dir": ("runs/evaluate-<date>-<time>", _RUN_DIR)})
+GENERATE = Command(
+    "generate", GenerateSettings,
+    "Generate from a checkpoint: one request, or one for each row of data.path.",
+    ("checkpoint", "prompt", "audio", "output", "seconds", "seed", "include_prompt", "temperature", "top_k", "top_p",
+     "num_steps", "guidance_scale", "device", "slots", "data.path", "num_workers"),
+    ("checkpoint=runs/x/best audio=in.wav seconds=8 output=out.wav",
+     'checkpoint=runs/x/best prompt="a bell, then drums" temperature=0.8 seed=1',
+     "checkpoint=runs/x/best data.path=prompts.jsonl output=folder/"))
+
+
+def run_command(main: Callable[[Any], str], command: Command, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Compose and check the settings of ``arguments`` (the command line), call ``main`` with them, and exit.
+
+    Prints the line that ``main`` returns. Exit codes as in ``EXIT_CODES``; AVRAY_DEBUG=1 adds the traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if {"-h", "--help"} & set(arguments):
+            print(_help(command, arguments))
+        else:
+            _run_hydra(main, command, arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(_report(error))
+    sys.exit(0)
+
+
+def compose(command: Command, overrides: Sequence[str] = (), config_dir: str | None = None) -> Any:
+    """The settings that ``overrides`` on the command line would give; for sweeps, tests and notebooks."""
+    from avray.settings.composing import compose as compose_mapping
+
+    return from_mapping(command.settings, compose_mapping(command.name, command.settings, overrides, config_dir))
+
+
+def _help(command: Command, arguments: Sequence[str]) -> str:
+    words = [argument for argument in arguments if argument not in ("-h", "--help")]
+    config_dir = None
+    for flag in ("--config-dir", "-cd"):
+        if flag in words[:-1]:
+            index = words.index(flag)
+            config_dir = words[index + 1]
+            del words[index : index + 2]
+    groups = [word for word in words if "=" not in word and not word.startswith("-")]
+    return help_text(command, groups[0] if groups else None, config_dir)
+
+
+def _run_hydra(main: Callable[[Any], str], command: Command, arguments: list[str]) -> None:
+    """Hydra's own entry point, given a cleaned command line and made to raise instead of printing."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from avray.settings import composing
+
+    if "--version" in arguments:
+        from avray import __version__
+
+        print(f"avray {__version__}")
+        return
+    parsed = get_args_parser().parse_intermixed_args(arguments)
+    if parsed.experimental_rerun is not None:
+        raise ValueError("--experimental-rerun reads a pickle, which avray never does; give the overrides again.")
+    flags = _flags(arguments, parsed)
+    overrides = composing.rewrite(command.settings, parsed.overrides, parsed.multirun)
+    sys.path.append(os.getcwd())  # for a _target_ in a file beside the user; a script's own folder is there already
+
+    def job(config: Any) -> None:
+        # Left by SystemExit, which Hydra lets through, so that it adds no lines of its own.
+        try:
+            print(main(_settings(command, composing.plain(config))), flush=True)
+        except (OmegaConfBaseException, HydraException) as error:
+            sys.exit(_report(ValueError(composing.explain(error, command.name, command.settings))))
+        except (Exception, KeyboardInterrupt) as error:
+            sys.exit(_report(error))
+
+    composing.register(command.name, command.settings)
+    own_arguments, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    with tempfile.TemporaryDirectory(prefix="avray-") as scratch:
+        sweep = [f"hydra.sweep.dir={scratch}"] if parsed.multirun else []
+        sys.argv = [own_arguments[0], *composing.with_hydra_choices(overrides + sweep), *flags]
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        try:
+            hydra.main(version_base="1.3", config_path=None, config_name=command.name)(job)()
+        except (HydraException, OmegaConfBaseException) as error:
+            if os.environ.get("AVRAY_DEBUG") == "1":
+                traceback.print_exc()
+            raise ValueError(composing.explain(error, command.name, command.settings, overrides, parsed.config_dir,
+                                               parsed.config_name)) from error
+        finally:
+            sys.argv = own_arguments
+            if full_error is None:
+                del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _flags(arguments: Sequence[str], parsed: Any) -> list[str]:
+    """The command line without its overrides (which may stand anywhere), ``--config-path`` made absolute: Hydra would
+    take it relative to the script."""
+    flags = list(arguments)
+    for override in parsed.overrides:
+        flags.remove(override)
+    path = parsed.config_path
+    if path and "://" not in path:
+        index = next(index for index, flag in enumerate(flags) if flag == path or flag.endswith(f"={path}"))
+        flags[index] = flags[index].removesuffix(path) + os.path.abspath(path)
+    return flags
+
+
+def _settings(command: Command, mapping: dict[str, Any]) -> Any:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    settings = from_mapping(command.settings, mapping)
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN and hasattr(settings, "run"):
+        settings = replace(settings, run=RunSettings(f"{settings.run.dir}-{hydra_config.job.num}"))
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("avray").handlers = [handler]
+    logging.getLogger("avray").setLevel(settings.logging.level.upper())
+    return settings
+
+
+def _report(error: BaseException) -> int:
+    """Print what went wrong on stderr and return the exit code."""
+    while type(error).__module__.startswith("ray.") and isinstance(getattr(error, "cause", None), Exception):
+        error = error.cause  # type: ignore[attr-defined]  # a task's error wears the class of its cause, not its message
+    code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+    if code == 1 or os.environ.get("AVRAY_DEBUG") == "1":
+        traceback.print_exception(error)
+    if code == 130:
+        print("Interrupted.", file=sys.stderr)
+    elif code != 1:
+        print(f"error: {error}", file=sys.stderr)
+    return code

@@ -7,7 +7,7 @@ import types
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avray.errors import MissingDependency
@@ -96,6 +96,7 @@ def test_csv_resume_drops_later_and_torn_rows(tmp_path):
 CALLS = st.lists(st.tuples(st.integers(0, 3), st.sets(st.sampled_from("abcd"), min_size=1)), max_size=12)
 
 
+@settings(deadline=None)
 @given(calls=CALLS, cut=st.integers(0, 12), resume_step=st.integers(0, 8))
 def test_csv_holds_what_a_dictionary_would(tmp_path_factory, calls, cut, resume_step):
     path = tmp_path_factory.mktemp("csv") / "metrics.csv"

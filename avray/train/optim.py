@@ -39,7 +39,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     if not parameters:
         raise ValueError("The model has no trainable parameter: unfreeze one or leave training out.")
     groups = _decay_groups(parameters, settings)
-    lr, betas, eps = settings.lr, tuple(settings.betas), settings.eps
+    lr, betas, eps = settings.lr, settings.betas, settings.eps
     fused = {parameter.device.type for parameter in parameters} <= _FUSED_DEVICES
     match settings.name:
         case "adamw":

@@ -119,7 +119,8 @@ def _run_hydra(main: Callable[[Any], str], command: Command, arguments: list[str
         raise ValueError("--experimental-rerun reads a pickle, which avray never does; give the overrides again.")
     flags = _flags(arguments, parsed)
     overrides = composing.rewrite(command.settings, parsed.overrides, parsed.multirun)
-    sys.path.append(os.getcwd())  # for a _target_ in a file beside the user; a script's own folder is there already
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for a _target_ in a file beside the user; a script's own folder is there already
 
     def job(config: Any) -> None:
         # Left by SystemExit, which Hydra lets through, so that it adds no lines of its own.

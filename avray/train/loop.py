@@ -32,7 +32,7 @@ from avray.train.card import model_card
 from avray.train.job import Job
 from avray.train.loggers import LoggerGroup, Progress
 from avray.train.optim import EarlyStopping, Ema, build_optimizer, build_schedule
-from avray.train.parallel import LossModule, Parallel, agreed, recompute_activations, total
+from avray.train.parallel import LossModule, Parallel, agreed, like, recompute_activations, total, whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -116,7 +116,7 @@ class Loop:
         start = agreed(newest(run_dir) if self.place.rank == 0 else None)
         resumed = Checkpoint.open(start) if start is not None else None
         if resumed is None and job.settings.init_from:
-            self._load_weights(Checkpoint.open(job.settings.init_from).weights("ema"))
+            self._load_weights(Checkpoint.open(job.settings.init_from).weights("best"))
         self.ema = Ema(module.model, trainer.ema_decay) if trainer.ema_decay else None
         if resumed is not None:
             self._restore(resumed)
@@ -148,7 +148,9 @@ class Loop:
         self.stopping.load_state_dict(state["stopping"])
         self.scaler.load_state_dict(state["scaler"]) if self.scaler.is_enabled() else None
         if self.ema is not None:
-            self.ema.load_state_dict(checkpoint.weights("ema"))
+            averages = checkpoint.weights("ema")
+            own = self.ema.state_dict()
+            self.ema.load_state_dict({name: like(own[name], averages[name]) for name in own if name in averages})
         self.step = checkpoint.step
         self.validation = dict(state["validation"])
 
@@ -159,6 +161,7 @@ class Loop:
         trainer, job = self.trainer, self.job
         end = min(job.max_steps, trainer.stop_at_step or job.max_steps)
         self._call_hooks("on_train_start")
+        self.window = Window()
         if self.step == 0:
             self._after_step(is_first=True)
         self.window = Window()
@@ -315,7 +318,7 @@ class Loop:
 
     def _ema_state(self) -> dict[str, Tensor]:
         assert self.ema is not None
-        return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in self.ema.state_dict().items()}
+        return {name: whole(tensor) for name, tensor in self.ema.state_dict().items()}
 
     # ── small things ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from avray.family import Batch, Family
@@ -69,47 +70,46 @@ class Parallel:
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm is not None else float("inf"),
                                               foreach=not self.is_fsdp or None)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return float(whole(norm))
 
     def model_state(self) -> dict[str, Tensor]:
         """The whole model's weights, on rank 0 complete; every rank must call."""
         if not self.is_fsdp:
             return self.module.model.state_dict()
-        return {name: _full(tensor) for name, tensor in self.module.model.state_dict().items()}
+        return {name: whole(tensor) for name, tensor in self.module.model.state_dict().items()}
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """``optimizer.state_dict()`` with whole tensors; every rank must call."""
         state = optimizer.state_dict()
         if self.is_fsdp:
-            state["state"] = {index: {key: _full(value) if isinstance(value, Tensor) else value
+            state["state"] = {index: {key: whole(value) if isinstance(value, Tensor) else value
                                       for key, value in moments.items()} for index, moments in state["state"].items()}
         return state
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Restore whole moments, cut into this rank's shards where the parameters are."""
-        if self.is_fsdp:
-            from torch.distributed.tensor import DTensor, distribute_tensor
-
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for index, moments in state["state"].items():
-                parameter = parameters[int(index)]
-                for key, value in moments.items():
-                    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.ndim:
-                        moments[key] = distribute_tensor(value.to(self.device), parameter.device_mesh,
-                                                         parameter.placements)
-        optimizer.load_state_dict(dict(state))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = {index: {key: like(parameters[int(index)], value) if isinstance(value, Tensor) and value.ndim else value
+                           for key, value in one.items()} for index, one in state["state"].items()}
+        optimizer.load_state_dict({**state, "state": moments})
 
     def load_model(self, state: Mapping[str, Tensor]) -> None:
-        """Restore whole weights, cut into this rank's shards. Strict: names and shapes were checked on reading."""
-        own = self.module.model.state_dict()
+        """Restore whole weights, cut into this rank's shards. Names and shapes were checked on reading."""
         with torch.no_grad():
-            for name, target in own.items():
-                if self.is_fsdp and hasattr(target, "device_mesh"):
-                    from torch.distributed.tensor import distribute_tensor
+            for name, target in self.module.model.state_dict().items():
+                target.copy_(like(target, state[name]))
 
-                    target.copy_(distribute_tensor(state[name].to(self.device), target.device_mesh, target.placements))
-                else:
-                    target.copy_(state[name])
+
+def like(target: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor laid out as ``target`` is: this rank's shard of it under FSDP2, else itself."""
+    if not isinstance(target, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The inverse of :func:`like`; every rank must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -149,10 +149,6 @@ def agreed(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _fully_shard(module: LossModule, mixed: torch.dtype | None) -> None:

@@ -1,0 +1,82 @@
+"""Starting Ray, and the one plan of logical CPUs and GPUs for readers, actors, trainers and trials.
+
+Ray Data waits silently, for half an hour, when its actors and the trainers leave it no CPU to read with. So a run is
+counted out beforehand, with one CPU to spare; a Ray of our own gets as many logical CPUs as that takes (they are
+numbers, not cores), and on someone else's cluster a run that can never be scheduled is refused at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ray
+from ray.data import DataContext
+
+SPARE_CPUS = 1.0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Logical resources of one run: ``pools`` frozen networks of ``embed_workers`` actors, and the trainers."""
+
+    pools: int = 0
+    embed_workers: int = 1
+    embed_num_cpus: float = 1.0
+    embed_num_gpus: float = 0.0
+    trainers: int = 0
+    trainer_cpus: float = 1.0
+    trainer_gpus: float = 0.0
+    trials: int = 1
+
+    @property
+    def cpus(self) -> float:
+        actors = self.pools * self.embed_workers * self.embed_num_cpus
+        return self.trials * (actors + self.trainers * self.trainer_cpus) + SPARE_CPUS
+
+    @property
+    def gpus(self) -> float:
+        return self.trials * (self.pools * self.embed_workers * self.embed_num_gpus + self.trainers * self.trainer_gpus)
+
+    def refusal(self, available: Mapping[str, float]) -> str | None:
+        """One sentence with the cure, where these resources can never hold the run."""
+        parts = (f"{self.pools * self.embed_workers} embedding actors of {self.embed_num_cpus:g} CPU and "
+                 f"{self.embed_num_gpus:g} GPU, {self.trainers} trainers of {self.trainer_cpus:g} CPU and "
+                 f"{self.trainer_gpus:g} GPU, times {self.trials}, and one CPU for reading")
+        for kind, needed in (("CPU", self.cpus), ("GPU", self.gpus)):
+            have = available.get(kind, 0.0)
+            if needed > have + 1e-6:
+                return (f"The run needs {needed:g} logical {kind}s ({parts}) and the cluster has {have:g}: lower "
+                        "trainer.num_workers, data.embed_workers or data.embed_num_cpus, or give the cluster more.")
+        return None
+
+
+def start_ray(needs: Needs, address: str | None, no_progress_timeout_s: float, verbose: bool = False) -> None:
+    """Connect to ``address``, or start a Ray of our own that fits the run; an existing session is used as it is.
+
+    ValueError where the run can never be scheduled.
+    """
+    quiet_environment()
+    if not ray.is_initialized():
+        if address is not None or os.environ.get("RAY_ADDRESS"):
+            ray.init(address=address or "auto", log_to_driver=verbose)
+        else:
+            cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
+            ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=verbose, logging_level="ERROR",
+                     object_store_memory=1 << 30)
+    refusal = needs.refusal(ray.cluster_resources())
+    if refusal:
+        raise ValueError(refusal)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_no_progress_timeout_s = no_progress_timeout_s
+
+
+def quiet_environment() -> None:
+    """Before Ray is imported by a worker: no usage report, no workers started ahead of need, no second environment."""
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_DEDUP_LOGS": "1",
+                        "RAY_enable_worker_prestart": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}.items():
+        os.environ.setdefault(name, value)

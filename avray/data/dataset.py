@@ -1,0 +1,77 @@
+"""One data set, from ``data.*`` to the plans of its splits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from avray.config import DataSettings, from_mapping
+from avray.data.demo import ensure_demo
+from avray.data.manifest import Manifest, load_manifest
+from avray.data.plan import Plan, plan_split
+from avray.data.splits import assign_splits
+from avray.data.store import Store
+from avray.errors import DataError
+from avray.family import Family, Row
+from avray.media import Limits
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows with their splits, and what was rejected of them before any decoding."""
+
+    manifest: Manifest
+    rows: list[Row]
+    limits: Limits
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, int]:
+        return {"used": len(self.rows), "rejected": len(self.manifest.rejects)}
+
+
+def read_limits(data: DataSettings) -> Limits:
+    return from_mapping(Limits, data.limits, "data.limits")
+
+
+def data_path(data: DataSettings) -> str:
+    """``data.path``, or the demo set, made on first use."""
+    if data.path is not None:
+        return data.path
+    assert data.demo_dir is not None
+    return str(Path(ensure_demo(data.demo_dir, minutes=data.demo_minutes, seed=0).folder) / "audio")
+
+
+def read_rows(data: DataSettings) -> Dataset:
+    """Rows read, probed and split. DataError where there are none."""
+    limits = read_limits(data)
+    path = data_path(data)
+    manifest = load_manifest(path, texts=data.texts, format=data.format, allowed_roots=data.allowed_roots, limits=limits,
+                             max_samples=data.max_samples, memo_path=memo_path(data))
+    if not manifest.rows:
+        reason = f"; the first of {len(manifest.rejects)} rejects: {manifest.rejects[0].reason}" if manifest.rejects else ""
+        raise DataError(f"{path} holds no recording that can be used{reason}.")
+    rows = assign_splits(manifest.rows, validation_fraction=data.validation_fraction, seed=data.split_seed,
+                         by=data.split_by, guard_s=data.guard_s, holdout_groups=data.holdout_groups)
+    return Dataset(manifest, rows, limits)
+
+
+def open_dataset(family: Family, data: DataSettings, rejects_path: Path | None = None) -> Dataset:
+    """The data set with a plan of each split that has rows.
+
+    Writes ``rejects.jsonl`` where asked; DataError when more than ``data.max_reject_fraction`` of the rows are bad.
+    """
+    dataset = read_rows(data)
+    if rejects_path is not None:
+        dataset.manifest.write_rejects(rejects_path)
+    dataset.manifest.enforce(data.max_reject_fraction, rejects_path)
+    splits = sorted({row["split"] for row in dataset.rows})
+    plans = {split: plan_split(family, dataset.rows, split, shard_examples=data.shard_examples,
+                               shard_seconds=data.shard_seconds) for split in splits}
+    return Dataset(dataset.manifest, dataset.rows, dataset.limits, plans)
+
+
+def memo_path(data: DataSettings) -> str | None:
+    """Where probed headers and content hashes are remembered; nowhere for a cache on an object store."""
+    store = Store(data.cache)
+    return store.path("probes.json") if store.is_local else None

@@ -1,0 +1,119 @@
+"""What the workers tell the driver while they train: progress to print, checkpoints to sample.
+
+The driver launches the sampling tasks, not the worker: a task belongs to the process that started it and would end
+with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from avray.train.job import Job
+from avray.train.loggers import Progress, ProgressLine
+from avray.train.samples import Asked, questions, write_samples
+
+
+@ray.remote(num_cpus=0, max_concurrency=4)
+class Board:
+    """A list of messages, emptied by whoever reads it."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, Any]] = []
+
+    def tell(self, kind: str, content: Any) -> None:
+        self.messages.append((kind, content))
+
+    def take(self) -> list[tuple[str, Any]]:
+        taken, self.messages = self.messages, []
+        return taken
+
+
+@ray.remote(num_cpus=0, max_retries=1)
+def sample(checkpoint: str, asked: list[Asked], folder: str, tensorboard: str | None, step: int) -> None:
+    """Samples of one checkpoint, beside the training."""
+    write_samples(checkpoint, asked, Path(folder), Path(tensorboard) if tensorboard else None, step)
+
+
+class Watch:
+    """Prints progress and has samples made, in a thread beside ``TorchTrainer.fit``."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.run_dir = Path(job.settings.run.dir)
+        self.line = ProgressLine(job.max_steps) if shown(job.settings.logging.progress) else None
+        self.asked = questions(job.family, job.validation, job.settings.trainer.num_samples)
+        self.sampling: list[ray.ObjectRef] = []
+        self.failed_samples: list[str] = []
+
+    @contextlib.contextmanager
+    def following(self, board: Any) -> Iterator[None]:
+        """Read the board twice a second until the block ends."""
+        stop = threading.Event()
+
+        def follow() -> None:
+            while not stop.wait(0.5):
+                self._read(board)
+
+        thread = threading.Thread(target=follow, name="avray-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._read(board)
+            if self.line is not None:
+                self.line.close()
+
+    def _read(self, board: Any) -> None:
+        for kind, content in ray.get(board.take.remote()):
+            if kind == "progress" and self.line is not None:
+                assert isinstance(content, Progress)
+                self.line.update(content)
+            elif kind == "sample":
+                checkpoint, step = content
+                self.sample(checkpoint, step)
+
+    def sample(self, checkpoint: str, step: int) -> None:
+        tensorboard = self.run_dir / "tensorboard" if self.job.settings.trainer.loggers.tensorboard else None
+        self.sampling.append(sample.remote(checkpoint, self.asked, str(self.run_dir / "samples" / f"step-{step:08d}"),
+                                           str(tensorboard) if tensorboard else None, step))
+
+    def finish(self) -> None:
+        """Wait for the samples under way. One that failed (its checkpoint was pruned meanwhile) is said, not raised."""
+        for reference in self.sampling:
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayError as error:
+                self.failed_samples.append(str(error).strip().splitlines()[-1])
+        for reason in self.failed_samples:
+            print(f"A sample could not be made: {reason}", file=sys.stderr)
+
+    @staticmethod
+    def of_embedding(progress: str, what: str) -> Any:
+        """A callback ``(done, total)`` for embedding, with rate and time left; None when quiet."""
+        if not shown(progress):
+            return None
+        lines: list[ProgressLine] = []
+
+        def show(done: int, total: int) -> None:
+            if not lines:
+                lines.append(ProgressLine(total, unit="shards"))
+                lines[0].say(f"Encoding {what}: {total} shards")
+            lines[0].update(Progress(done))
+            if done == total:
+                lines[0].close()
+
+        return show
+
+
+def shown(progress: str) -> bool:
+    return progress == "on" or (progress == "auto" and sys.stderr.isatty())

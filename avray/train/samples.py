@@ -1,0 +1,121 @@
+"""What a checkpoint makes of a fixed set of held-out examples: sound, pictures, TensorBoard. No Ray in it.
+
+Called in a process of its own while training goes on, from a checkpoint on disk: the trainers never wait for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from avray.engine import Generated, Generator
+from avray.data.plan import Plan, Shard
+from avray.family import Example, Family, Media, Options, Question, Request, Unit
+from avray.media import Audio, read_audio, write_audio
+from avray.metrics.pictures import comparison_png, spectrogram_rgb
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with its name."""
+
+    id: str
+    question: Question
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was given, what the answer was, and what the model made of it."""
+
+    id: str
+    prompt: Media | None
+    target: Media | None
+    generated: Generated
+
+
+def questions(family: Family, plan: Plan, count: int) -> list[Asked]:
+    """``count`` examples spread evenly over a split: always the same ones for the same data."""
+    places = [(shard, index) for shard in plan.shards for index in range(len(shard.examples))]
+    chosen = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int))
+    return [Asked(example.id, family.question(example)) for example in (example_at(*places[i]) for i in chosen)]
+
+
+def example_at(shard: Shard, index: int) -> Example:
+    """The example as it was before planning."""
+    planned = shard.examples[index]
+    return Example(planned.id, {role: shard.units[unit] for role, unit in planned.units.items()}, planned.fields,
+                   planned.weight)
+
+
+def read_unit(unit: Unit | None) -> Media | None:
+    """The sound (or text) a unit is cut from, at its own rate."""
+    if unit is None:
+        return None
+    if unit.modality == "text":
+        return unit.source
+    return read_audio(unit.source, start_s=unit.start_s, duration_s=unit.duration_s)
+
+
+def answer(generator: Generator, asked: Sequence[Asked], options: Options, seed: int = 0) -> list[Answer]:
+    """Generate for every question, through the engine's slots."""
+    prompts = [read_unit(item.question.prompt) for item in asked]
+    requests = [
+        Request(text=item.question.text, audio=prompt if isinstance(prompt, Audio) else None,
+                fields=item.question.fields, options=with_seconds(options, item.question.seconds), seed=seed + index)
+        for index, (item, prompt) in enumerate(zip(asked, prompts, strict=True))
+    ]
+    generated = generator.generate_many(requests)
+    return [Answer(item.id, prompt, read_unit(item.question.target), result)
+            for item, prompt, result in zip(asked, prompts, generated, strict=True)]
+
+
+def with_seconds(options: Options, seconds: float | None) -> Options:
+    return Options(**{**options.given(), **({"seconds": seconds} if seconds is not None else {})})  # type: ignore[arg-type]
+
+
+def write_samples(checkpoint: str, asked: Sequence[Asked], folder: Path, tensorboard: Path | None, step: int,
+                  device: str = "cpu") -> None:
+    """``folder`` gets each sample as WAV, the target beside it and a page of spectrograms; TensorBoard the same."""
+    answers = answer(Generator.open(checkpoint, device=device, slots=min(4, len(asked))), asked, Options())
+    folder.mkdir(parents=True, exist_ok=True)
+    heard = [item for item in answers if isinstance(item.generated.media, Audio)]
+    for item in answers:
+        name = re.sub(r"[^\w.-]+", "_", item.id)[-80:]
+        write_media(folder / f"{name}.generated", item.generated.media)
+        if item.target is not None:
+            write_media(folder / f"{name}.target", item.target)
+    if heard:
+        comparison_png(folder / "spectrograms.png",
+                       [(item.id, item.prompt, item.target, item.generated.media) for item in heard])
+    if tensorboard is not None:
+        _log(heard, tensorboard, step)
+
+
+def write_media(stem: Path, media: Media) -> Path:
+    """Sound as ``.wav``, text as ``.txt``."""
+    if isinstance(media, str):
+        path = stem.with_name(stem.name + ".txt")
+        path.write_text(media, encoding="utf-8")
+        return path
+    assert isinstance(media, Audio)
+    path = stem.with_name(stem.name + ".wav")
+    write_audio(str(path), media)
+    return path
+
+
+def _log(answers: Sequence[Answer], folder: Path, step: int) -> None:
+    from avray.train.loggers import TensorBoardLogger
+
+    logger = TensorBoardLogger(folder)
+    for index, item in enumerate(answers):
+        assert isinstance(item.generated.media, Audio)
+        logger.audio(step, f"sample {index}/generated", item.generated.media)
+        logger.image(step, f"sample {index}/generated", spectrogram_rgb(item.generated.media))
+        if isinstance(item.target, Audio):
+            logger.audio(step, f"sample {index}/target", item.target)
+            logger.image(step, f"sample {index}/target", spectrogram_rgb(item.target))
+    logger.close()

@@ -1,0 +1,227 @@
+"""The driver: from settings to a trained run folder.
+
+    manifest and splits -> plans -> fit -> Ray Train workers running the loop -> best checkpoint, samples, summary.json
+
+Ray is given metrics and no checkpoints: its manager would prune and restore by its own rules. What makes a checkpoint
+exist is its manifest, and what a restarted group goes on from is the newest of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from avray.checkpoint import newest, sweep
+from avray.config import TrainSettings
+from avray.data.cache import Cache
+from avray.data.cluster import Needs, start_ray
+from avray.data.dataset import Dataset, open_dataset
+from avray.data.plan import Plan
+from avray.data.rows import example_row
+from avray.data.stream import InOrder, Pool, block_dataset, prepare
+from avray.errors import CheckpointError, DataError, MissingDependency, TrainingFailed
+from avray.family import Column, Family, Fitted, Row
+from avray.media import Limits
+from avray.registry import family_settings
+from avray.train.board import Board, Watch
+from avray.train.job import Job
+from avray.train.loop import records
+from avray.train.memory import count_parameters
+from avray.train.summary import rejected_rows, write_summary
+from avray.train.worker import work
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data set ready to train on: plans, fitted state, and validation embedded."""
+
+    dataset: Dataset
+    train: Plan
+    validation: Plan
+    fitted: Fitted
+    columns: list[Column]
+
+
+def train(settings: TrainSettings, family: Family) -> dict[str, Any]:
+    """Train a family as the settings say; returns what ``summary.json`` holds.
+
+    Raises ValueError for settings that cannot be, DataError for data, TrainingFailed when a worker fails for good.
+    """
+    began = time.perf_counter()
+    run_dir = Path(settings.run.dir)
+    check_run_dir(run_dir, settings)
+    check_device(settings)
+    start_ray(needs(settings, len(family.columns(None))), settings.cluster, settings.data.no_progress_timeout_s,
+              verbose=settings.logging.level == "debug")
+    prepared = prepare_data(settings, family, run_dir)
+    job = Job(settings, family, prepared.fitted, prepared.train, prepared.validation, records(settings),
+              family_settings(family), prepared.dataset.counts())
+    job.train_order.check_workers(settings.trainer.num_workers, settings.trainer.accumulate)
+    watch = Watch(job)
+    outcome = fit(job, prepared.columns, prepared.dataset.limits, watch)["outcome"]
+    watch.finish()
+    rows = rejected_rows(job, Cache(settings.data.cache), run_dir / "rejects.jsonl")
+    return write_summary(job, outcome, rows, count_parameters(family, prepared.fitted), time.perf_counter() - began)
+
+
+def check_run_dir(run_dir: Path, settings: TrainSettings) -> None:
+    """A run is never continued or overwritten by accident."""
+    existing = newest(run_dir)
+    if settings.resume and existing is None:
+        raise CheckpointError(f"resume=true and {run_dir} has no complete checkpoint: start it without resume, or name "
+                              "the run to go on with in run.dir.")
+    if existing is not None and not settings.resume:
+        raise ValueError(f"run.dir={run_dir} already holds a run (newest checkpoint: {existing.name}): go on with it by "
+                         "resume=true, or give another run.dir.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    sweep(run_dir)
+
+
+def check_device(settings: TrainSettings) -> None:
+    """MissingDependency where the device asked for is not in this machine (a cluster's are Ray's to check)."""
+    import torch
+
+    name = settings.trainer.device_name
+    here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}[name]
+    if settings.cluster is None and not here():
+        raise MissingDependency(f"trainer.device={name} was asked for and this machine has none: take trainer.use_gpu=false "
+                                "and trainer.device=cpu, or a machine that has one.")
+
+
+def needs(settings: TrainSettings, pools: int, trials: int = 1) -> Needs:
+    trainer, data = settings.trainer, settings.data
+    return Needs(pools, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus, trainer.num_workers,
+                 trainer.cpus_per_worker, float(trainer.use_gpu), trials)
+
+
+def prepare_data(settings: TrainSettings, family: Family, run_dir: Path) -> Prepared:
+    """Plans, fitted state, and everything embedded that has to be before the first step (the validation rows)."""
+    data = settings.data
+    dataset = open_dataset(family, data, run_dir / "rejects.jsonl")
+    for split in ("train", "validation"):
+        if split not in dataset.plans:
+            raise DataError(f"The data set has no {split} rows: give more recordings, or set data.validation_fraction.")
+    train, validation = dataset.plans["train"], dataset.plans["validation"]
+    cache = Cache(data.cache)
+    fitted, columns = fit_family(family, train, validation, cache, settings, dataset.limits)
+    if data.mode == "prepared":
+        missing = cache.missing(train, columns)
+        if missing:
+            raise DataError(f"data.mode=prepared and the cache lacks {len(missing)} of {len(train.shards)} training shards: "
+                            "run pipelines/prepare.py with the same settings, or take data.mode=stream.")
+    return Prepared(dataset, train, validation, fitted, columns)
+
+
+def fit_family(family: Family, train: Plan, validation: Plan, cache: Cache, settings: TrainSettings,
+               limits: Limits) -> tuple[Fitted, list[Column]]:
+    """``family.fit`` on a sample of the training rows, with what it and validation need embedded first."""
+    data = settings.data
+    sample = sample_shards(train, data.fit_rows)
+    before = family.columns(None)
+    embed(settings, train.subset(sample), before, cache, limits, "fit sample")
+    fitted = family.fit(iter(sample_rows(train.subset(sample), cache, before, data.fit_rows)))
+    columns = family.columns(fitted)
+    embed(settings, validation, columns, cache, limits, "validation rows")
+    return fitted, columns
+
+
+def sample_shards(plan: Plan, rows: int) -> list[int]:
+    """Shards, in an order that depends on the plan alone, until they hold ``rows`` examples."""
+    permutation = np.random.Generator(np.random.Philox(key=[0, len(plan.shards)])).permutation(len(plan.shards))
+    chosen: list[int] = []
+    for index in permutation.tolist():
+        chosen.append(index)
+        rows -= len(plan.shards[index].examples)
+        if rows <= 0:
+            break
+    return chosen
+
+
+def sample_rows(plan: Plan, cache: Cache, columns: list[Column], limit: int) -> list[Row]:
+    rows = [example_row(shard, example, cache, columns) for shard in plan.shards for example in shard.examples]
+    return [row for row in rows if row["weight"] > 0][:limit]
+
+
+def embed(settings: TrainSettings, plan: Plan, columns: list[Column], cache: Cache, limits: Limits, what: str) -> None:
+    """The missing shards of a plan, through Ray Data's actors, with a line of progress."""
+    watch = Watch.of_embedding(settings.logging.progress, what)
+    prepare(plan, columns, cache, pool(settings), limits, watch)
+
+
+def pool(settings: Any) -> Pool:
+    return Pool(settings.data.embed_workers, settings.data.embed_num_cpus, settings.data.embed_num_gpus)
+
+
+def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mapping[str, Any]:
+    """Run the workers; returns rank 0's last figures."""
+    settings, trainer = job.settings, job.settings.trainer
+    run_dir = Path(settings.run.dir)
+    cache = Cache(settings.data.cache)
+    reference = ray.put(job)
+    board = Board.remote()
+    streaming = bool(cache.missing(job.train, columns))
+    # Built anew at each start of the group, from where the newest checkpoint stands then.
+    datasets = {"train": lambda: first_blocks(ray.get(reference), limits)} if streaming else {}
+    with watch.following(board):
+        try:
+            result = TorchTrainer(
+                work,
+                train_loop_config={"job": reference, "board": board, "streaming": streaming},
+                scaling_config=ScalingConfig(num_workers=trainer.num_workers, use_gpu=trainer.use_gpu,
+                                             resources_per_worker={"CPU": trainer.cpus_per_worker,
+                                                                   **({"GPU": 1} if trainer.use_gpu else {})}),
+                torch_config=TorchConfig(backend="nccl" if trainer.use_gpu else "gloo"),
+                run_config=RunConfig(name=f"{run_dir.name}-{time.time_ns()}", storage_path=str(run_dir / "ray"),
+                                     failure_config=FailureConfig(max_failures=trainer.max_failures)),
+                datasets=datasets or None,
+                dataset_config=InOrder(),
+            ).fit()
+        except ray.train.TrainingFailedError as error:
+            raise explained(error) from error
+    assert result.metrics is not None
+    return result.metrics
+
+
+def first_blocks(job: Job, limits: Limits) -> ray.data.Dataset:
+    """The stream from the step the newest checkpoint stands at."""
+    start = newest(job.settings.run.dir)
+    step = int(start.name.rpartition("-")[2]) if start is not None else 0
+    order = job.train_order
+    epoch, in_epoch = divmod(step, order.steps_per_epoch)
+    return block_dataset(job.train, order, job.columns, Cache(job.settings.data.cache), pool(job.settings), limits, epoch,
+                         in_epoch // order.steps_per_round)
+
+
+def explained(error: BaseException) -> Exception:
+    """The worker's own error where there is one, as one sentence; the traceback stays chained."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, TrainingFailed | DataError | CheckpointError | MissingDependency | ValueError):
+                known = type(cause) if type(cause).__module__.startswith("avray") else ValueError
+                return known(str(cause).split("\n")[0])
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        text = str(failure)
+        if "out of memory" in text.lower() or "OutOfMemory" in type(failure).__name__:
+            return TrainingFailed("A worker ran out of memory: lower trainer.batch_size or raise trainer.accumulate, or take "
+                                  "trainer.activation_checkpointing=true; see docs/troubleshooting.md.")
+        return TrainingFailed(f"A worker failed: {text.strip().splitlines()[-1] if text.strip() else failure!r}")
+    return TrainingFailed(str(error).strip().splitlines()[0])
+
+
+def dry(settings: TrainSettings) -> TrainSettings:
+    """One step of everything: batch, save, reload, sample."""
+    return replace(settings, trainer=replace(settings.trainer, max_steps=1, max_epochs=None, stop_at_step=None,
+                                             schedule=replace(settings.trainer.schedule, warmup_steps=0),
+                                             validate_every_steps=1, validate_max_rows=settings.trainer.batch_size,
+                                             sample_every_steps=0))

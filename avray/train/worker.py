@@ -1,0 +1,63 @@
+"""Where Ray Train calls the loop: ranks, devices and sources in Ray's terms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from avray.data.cache import Cache
+from avray.data.loader import PreparedSource, Source
+from avray.data.stream import StreamedSource
+from avray.train.job import Job
+from avray.train.loggers import LoggerGroup, open_loggers
+from avray.train.loop import Loop, Place
+from avray.train.parallel import agreed
+
+
+def work(config: dict[str, Any]) -> None:
+    """One rank's run. The last thing it reports is the outcome."""
+    job: Job = ray.get(config["job"])
+    board = config["board"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    name = job.settings.trainer.device_name
+    device = ray.train.torch.get_device() if name == "cuda" else torch.device(name)
+    cache = Cache(job.settings.data.cache)
+    prepared = PreparedSource(job.train, job.train_order, cache, job.columns)
+    shard = ray.train.get_dataset_shard("train") if config["streaming"] else None
+    streamed: list[StreamedSource] = []
+
+    def train_source(epoch: int, first_step: int) -> Source:
+        """Ray Data while the cache is being filled, the cache itself once it is whole."""
+        missing = agreed(bool(cache.missing(job.train, job.columns)) if rank == 0 else None)
+        if not missing or shard is None:
+            return prepared
+        if not streamed:
+            streamed.append(StreamedSource(shard))
+        return streamed[0]
+
+    def loggers(resume_step: int | None) -> LoggerGroup:
+        return open_loggers(job.settings, resume_step) if rank == 0 else LoggerGroup([])
+
+    place = Place(
+        rank=rank, world_size=context.get_world_size(), device=device, train_source=train_source,
+        validation_source=PreparedSource(job.validation, job.validation_order, cache, job.columns),
+        progress=lambda progress: board.tell.remote("progress", progress),
+        report=lambda figures: report(figures),
+        sample=lambda checkpoint, step: board.tell.remote("sample", (str(Path(checkpoint)), step)),
+        loggers=loggers,
+    )
+    outcome = Loop(job, place).run()
+    report({"outcome": dataclasses.asdict(outcome)})
+
+
+def report(figures: Mapping[str, Any]) -> None:
+    """A barrier: every rank reports equally often. Ray gets no checkpoint."""
+    ray.train.report(dict(figures))

@@ -54,12 +54,12 @@ def test_a_row_of_weight_zero_changes_nothing(tmp_path):
 
 def test_validation_counts_every_row_once_and_reports_baselines(tmp_path):
     loop, outcome = run_loop(toy_job(tmp_path))
-    assert loop.validation["loss"] == pytest.approx(outcome.validation_loss)
+    assert loop.validation.loss == pytest.approx(outcome.validation_loss)
     assert outcome.best_validation_loss <= outcome.validation_loss
     assert outcome.baselines["zero"] > 0
     other = run_loop(toy_job(tmp_path, {"batch_size": 4, "max_steps": 1, "optimizer": {"lr": 1e-12}}, run="b4"))[0]
     first = run_loop(toy_job(tmp_path, {"batch_size": 7, "max_steps": 1, "optimizer": {"lr": 1e-12}}, run="b7"))[0]
-    assert other.validation["baselines"]["zero"] == pytest.approx(first.validation["baselines"]["zero"], rel=1e-6)
+    assert other.validation.baselines["zero"] == pytest.approx(first.validation.baselines["zero"], rel=1e-6)
 
 
 def test_early_stopping_ends_the_run_and_keeps_the_best(tmp_path):
@@ -109,7 +109,7 @@ class Recorder:
         Recorder.moments.append("epoch end")
 
     def on_validation_end(self, loop):
-        Recorder.moments.append(loop.validation["loss"])
+        Recorder.moments.append(loop.validation.loss)
 
 
 def test_hooks_are_called(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,7 +73,7 @@ class Loader:
     def lanes(self) -> range:
         return range(self.rank, self.order.lanes, self.world_size)
 
-    def epoch(self, source: Source, epoch: int, first_step: int = 0) -> Iterator[Step]:
+    def epoch(self, source: Source, epoch: int, first_step: int = 0) -> Generator[Step, None, None]:
         """This rank's steps from ``first_step`` to the end of the epoch."""
         ready: queue.Queue[Step | BaseException | None] = queue.Queue(max(1, self.prefetch))
         stop = threading.Event()

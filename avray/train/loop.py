@@ -12,6 +12,7 @@ accumulation and uneven ranks do not bend it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import time
@@ -24,15 +25,15 @@ import torch
 from torch import Tensor
 
 from avray.checkpoint import AsyncSaver, Checkpoint, Content, newest, prune
-from avray.config import instantiate, to_mapping
+from avray.config import instantiate
 from avray.data.loader import Loader, Source, Step
 from avray.errors import CheckpointError, TrainingFailed
-from avray.family import Batch
 from avray.train.card import model_card
 from avray.train.job import Job
 from avray.train.loggers import LoggerGroup, Progress
 from avray.train.optim import EarlyStopping, Ema, build_optimizer, build_schedule
 from avray.train.parallel import LossModule, Parallel, agreed, like, recompute_activations, total, whole
+from avray.train.validation import Validation, validation_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,7 +112,7 @@ class Loop:
         self.stopping = EarlyStopping(trainer.early_stopping_patience)
         self.step = 0
         self.skipped = 0
-        self.validation: dict[str, Any] = {}
+        self.validation: Validation | None = None
         run_dir = Path(job.settings.run.dir)
         start = agreed(newest(run_dir) if self.place.rank == 0 else None)
         resumed = Checkpoint.open(start) if start is not None else None
@@ -152,7 +153,7 @@ class Loop:
             own = self.ema.state_dict()
             self.ema.load_state_dict({name: like(own[name], averages[name]) for name in own if name in averages})
         self.step = checkpoint.step
-        self.validation = dict(state["validation"])
+        self.validation = Validation(**state["validation"]) if state["validation"] else None
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -184,8 +185,9 @@ class Loop:
         self._call_hooks("on_train_end")
         self.loggers.close()
         elapsed = max(1e-9, time.perf_counter() - self.began)
-        return Outcome(self.step, self.stopping.best, self.validation.get("loss"),
-                       self.validation.get("baselines", {}), (self.step - self.first_step) * self.order.batch_size / elapsed,
+        last = self.validation
+        return Outcome(self.step, self.stopping.best, last.loss if last else None, last.baselines if last else {},
+                       (self.step - self.first_step) * self.order.batch_size / elapsed,
                        self.waited_s / elapsed, self.stopping.stop)
 
     def _train_step(self, step: Step) -> None:
@@ -244,9 +246,8 @@ class Loop:
         best = False
         if due(trainer.validate_every_steps):
             best = self._validate()
-            figures |= {"validation/loss": self.validation["loss"]}
-            figures |= {f"validation/{name}": value for name, value in self.validation["terms"].items()}
-            figures |= {f"baseline/{name}": value for name, value in self.validation["baselines"].items()}
+            assert self.validation is not None
+            figures |= self.validation.figures()
         self._tell(figures)
         sampling = due(trainer.samples_every) and trainer.num_samples > 0
         stopping = self.stopping.stop
@@ -272,7 +273,7 @@ class Loop:
             if self.place.rank == 0:
                 self.loggers.scalars(self.step, figures)
                 self.place.progress(Progress(
-                    self.step, figures.get("train/loss"), self.validation.get("loss"),
+                    self.step, figures.get("train/loss"), self.validation.loss if self.validation else None,
                     figures.get("train/learning_rate"), figures.get("train/rows_per_s"), figures.get("train/waiting")))
             self.place.report({"step": self.step, **figures})
 
@@ -282,12 +283,15 @@ class Loop:
         """Loss and baselines over the validation rows, every row once; True if it is the best so far."""
         self._call_hooks("on_validation_start")
         began = time.perf_counter()
-        with self.ema.swapped() if self.ema is not None else contextlib.nullcontext():
-            self.validation = evaluate_loss(self.job, self.place, self.parallel, self._autocast)
+        module = self.parallel.module.eval()
+        with self.ema.swapped() if self.ema is not None else contextlib.nullcontext(), self._autocast():
+            self.validation = validation_loss(
+                self.family, self.fitted, self.job.validation_order, self.place.validation_source, self.parallel,
+                self.device, self.place.rank, self.place.world_size, self.trainer.validate_max_rows)
+        module.train()
         self.window.began += time.perf_counter() - began
-        loss = self.validation["loss"]
-        self.schedule.observe(loss)
-        best = self.stopping.observe(loss)
+        self.schedule.observe(self.validation.loss)
+        best = self.stopping.observe(self.validation.loss)
         if self.step == 0:
             self.stopping.num_bad = 0
         self._call_hooks("on_validation_end")
@@ -299,12 +303,13 @@ class Loop:
         model = self.parallel.model_state()
         state = {"optimizer": self.parallel.optimizer_state(self.optimizer), "schedule": self.schedule.state_dict(),
                  "stopping": self.stopping.state_dict(), "scaler": self.scaler.state_dict(), "identity": self.job.identity,
-                 "validation": self.validation}
+                 "validation": None if self.validation is None else dataclasses.asdict(self.validation)}
         ema = None if self.ema is None else {**model, **{k: v.to(model[k].dtype) for k, v in self._ema_state().items()}}
         if self.saver is None:
             return
         job, step = self.job, self.step
-        figures = {"validation_loss": self.validation.get("loss"), "baselines": self.validation.get("baselines", {})}
+        figures = {"validation_loss": self.validation.loss, "baselines": self.validation.baselines} \
+            if self.validation else {}
         content = Content(model=model, family=job.family_record, fitted=job.fitted, settings=job.settings_record, ema=ema,
                           trainer=state, figures=figures, card=model_card(job, step, figures))
         run_dir = Path(job.settings.run.dir)
@@ -358,57 +363,3 @@ class Loop:
         with torch.profiler.profile(schedule=schedule, record_shapes=True, on_trace_ready=lambda profile: (
                 profile.export_chrome_trace(str(folder / "trace.json")))) as profiler:
             yield profiler
-
-
-def evaluate_loss(job: Job, place: Place, forward: Callable[[dict[str, Tensor], torch.Generator], Tensor],
-                  autocast: Callable[[], contextlib.AbstractContextManager[None]]) -> dict[str, Any]:
-    """``{"loss", "terms", "baselines"}`` over the validation rows of all ranks. Each batch draws from a generator of
-    its own place, so a loss that samples is compared on the same draws every time."""
-    family, fitted, order = job.family, job.fitted, job.validation_order
-    names, weights = list(family.terms), list(family.terms.values())
-    module = forward.module if isinstance(forward, Parallel) else None
-    limit = job.settings.trainer.validate_max_rows
-    last = order.steps_per_epoch if limit is None else min(order.steps_per_epoch, -(-limit // order.batch_size))
-    order.check_workers(place.world_size)
-    loader = Loader(order, lambda rows: family.collate(rows, fitted), place.rank, place.world_size)
-    sums, counts = torch.zeros(len(names)), torch.zeros(len(names), dtype=torch.float64)
-    baselines: dict[str, Tensor] = {}
-    if module is not None:
-        module.eval()
-    with torch.no_grad():
-        steps = loader.epoch(place.validation_source, 0)
-        for step in steps:
-            if step.step >= last:
-                steps.close()  # type: ignore[attr-defined]
-                break
-            for batch in step.micro_batches:
-                batch = batch.to(place.device)
-                generator = torch.Generator(place.device).manual_seed(1_000_003 * step.step + place.rank)
-                with autocast():
-                    sums += forward(batch.tensors, generator).cpu()
-                counts += torch.tensor([batch.counts[name] for name in names], dtype=torch.float64)
-                for name, terms in family.baselines(batch, fitted).items():
-                    part = torch.stack([terms[term].float().cpu() for term in names])
-                    baselines[name] = baselines.get(name, torch.zeros(len(names))) + part
-    if module is not None:
-        module.train()
-    known = sorted(agreed(sorted(baselines)))
-    flat = [*sums.tolist(), *counts.tolist(),
-            *(v for name in known for v in baselines.get(name, torch.zeros(len(names))).tolist())]
-    flat = total(flat, place.device)
-    size = len(names)
-    all_counts = flat[size : 2 * size]
-
-    def mean(values: list[float]) -> list[float]:
-        return [value / count if count else 0.0 for value, count in zip(values, all_counts, strict=True)]
-
-    terms = mean(flat[:size])
-    loss = sum(weight * term for weight, term in zip(weights, terms, strict=True))
-    losses = {name: sum(w * t for w, t in zip(weights, mean(flat[(2 + i) * size : (3 + i) * size]), strict=True))
-              for i, name in enumerate(known)}
-    return {"loss": agreed(loss), "terms": dict(zip(names, terms, strict=True)), "baselines": losses}
-
-
-def records(job_settings: Any) -> dict[str, Any]:
-    """The settings as plain data."""
-    return dict(to_mapping(job_settings))

@@ -21,7 +21,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from avray.checkpoint import newest, sweep
-from avray.config import TrainSettings
+from avray.config import TrainSettings, to_mapping
 from avray.data.cache import Cache
 from avray.data.cluster import Needs, start_ray
 from avray.data.dataset import Dataset, open_dataset
@@ -34,7 +34,6 @@ from avray.media import Limits
 from avray.registry import family_settings
 from avray.train.board import Board, Watch
 from avray.train.job import Job
-from avray.train.loop import records
 from avray.train.memory import count_parameters
 from avray.train.summary import rejected_rows, write_summary
 from avray.train.worker import work
@@ -63,7 +62,7 @@ def train(settings: TrainSettings, family: Family) -> dict[str, Any]:
     start_ray(needs(settings, len(family.columns(None))), settings.cluster, settings.data.no_progress_timeout_s,
               verbose=settings.logging.level == "debug")
     prepared = prepare_data(settings, family, run_dir)
-    job = Job(settings, family, prepared.fitted, prepared.train, prepared.validation, records(settings),
+    job = Job(settings, family, prepared.fitted, prepared.train, prepared.validation, to_mapping(settings),
               family_settings(family), prepared.dataset.counts())
     job.train_order.check_workers(settings.trainer.num_workers, settings.trainer.accumulate)
     watch = Watch(job)

@@ -28,7 +28,7 @@ def log_spectral_distance(a: Samples, b: Samples, sample_rate_hz: int) -> float:
     two lengths."""
     _same_length(a, b)
     window = window_for(sample_rate_hz)
-    difference = np.subtract(*(_decibels(np.square(magnitudes(x, window, window // 4))) for x in (a, b)))
+    difference = np.subtract(*(decibels(np.square(magnitudes(x, window, window // 4))) for x in (a, b)))
     return float(np.sqrt(np.square(difference).mean(axis=1)).mean())
 
 
@@ -37,8 +37,8 @@ def log_mel_distance(a: Samples, b: Samples, sample_rate_hz: int) -> float:
     peak at 1), over the frames of ``log_spectral_distance``. ValueError for two lengths."""
     _same_length(a, b)
     window = window_for(sample_rate_hz)
-    bands = _mel_bands(sample_rate_hz, window)
-    mels = [_decibels(np.square(magnitudes(x, window, window // 4)) @ bands) for x in (a, b)]
+    bands = mel_bands(sample_rate_hz, window, _NUM_BANDS)
+    mels = [decibels(np.square(magnitudes(x, window, window // 4)) @ bands) for x in (a, b)]
     return float(np.abs(mels[0] - mels[1]).mean())
 
 
@@ -76,7 +76,8 @@ def magnitudes(samples: Samples, window: int, hop: int) -> Float[np.ndarray, "fr
     return np.abs(np.fft.rfft(frames * hann, axis=1)) * (2 / hann.sum())
 
 
-def _decibels(power: np.ndarray) -> np.ndarray:
+def decibels(power: np.ndarray) -> np.ndarray:
+    """Of power relative to 1, no lower than the floor."""
     return 10 * np.log10(np.maximum(power, 10 ** (FLOOR_DB / 10)))
 
 
@@ -85,11 +86,20 @@ def _same_length(a: Samples, b: Samples) -> None:
         raise ValueError(f"{len(a)} and {len(b)} samples do not compare: cut them to one length.")
 
 
+def mel(frequency_hz: float) -> float:
+    """HTK's scale."""
+    return 2595 * math.log10(1 + frequency_hz / 700)
+
+
 @functools.lru_cache(maxsize=8)
-def _mel_bands(sample_rate_hz: int, window: int) -> Float[np.ndarray, "bins bands"]:
-    top_mel = 2595 * math.log10(1 + sample_rate_hz / 2 / 700)
-    edges_hz = 700 * (10 ** (np.linspace(0, top_mel, _NUM_BANDS + 2) / 2595) - 1)
+def mel_bands(sample_rate_hz: int, window: int, num_bands: int) -> Float[np.ndarray, "bins bands"]:
+    """Triangles that peak at 1, evenly spaced in mel (HTK) from 0 Hz to half the rate. Read-only, as it is
+    shared."""
+    top_mel = mel(sample_rate_hz / 2)
+    edges_hz = 700 * (10 ** (np.linspace(0, top_mel, num_bands + 2) / 2595) - 1)
     bins_hz = np.arange(window // 2 + 1)[:, None] * (sample_rate_hz / window)
     low, centre, high = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
     rising, falling = (bins_hz - low) / (centre - low), (high - bins_hz) / (high - centre)
-    return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
+    bands = np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
+    bands.flags.writeable = False
+    return bands

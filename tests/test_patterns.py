@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avray.nn.patterns import NOTHING, PATTERNS, Delay, Flatten, Layout, Parallel
+from avray.nn.patterns import NOTHING, PATTERNS, Delay, Flatten, Layout, Parallel, read_pattern
 
 patterns = st.sampled_from([Flatten(), Flatten(offsets=False), Delay(), Delay(by=2), Parallel()])
 sizes = st.tuples(st.integers(0, 12), st.integers(1, 5), st.integers(2, 9))
@@ -35,8 +35,8 @@ def test_lengths(pattern, size):
 
 @given(patterns, sizes, st.integers(0, 11), st.integers(0, 4))
 def test_a_token_depends_on_no_later_frame(pattern, size, frame, codebook):
-    """Changing frame t leaves every step before t's first step as it was, and every step that completes an earlier
-    frame of the same codebook comes before t's own: what a model reads at step s is never ahead of what it draws."""
+    """Changing one code changes one step, and that of frame t, codebook k is never before t * stride: what a model
+    reads up to a step is never ahead of the frame it draws there."""
     layout, codes = made(pattern, size)
     if frame >= len(codes) or codebook >= codes.shape[1]:
         return
@@ -89,3 +89,13 @@ def test_vocabulary():
 def test_no_delay_is_refused():
     with pytest.raises(ValueError, match="parallel"):
         Delay(by=0)
+
+
+def test_patterns_are_read_by_name():
+    assert read_pattern("parallel") == Parallel()
+    assert read_pattern({"name": "flatten", "offsets": False}) == Flatten(offsets=False)
+    assert read_pattern(Delay(by=2)) == Delay(by=2)
+    with pytest.raises(ValueError, match="flatten, delay, parallel"):
+        read_pattern("spiral")
+    with pytest.raises(ValueError, match="pattern.by"):
+        read_pattern({"name": "parallel", "by": 2})

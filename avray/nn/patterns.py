@@ -1,19 +1,20 @@
 """How K codebooks a frame become the token steps of a language model, and back.
 
 Every pattern here is affine: token (frame t, codebook k) stands at step ``t * stride + delays[k]`` of stream
-``streams[k]``, so one ``Layout`` serves them all and its inverse is the same arithmetic read backwards. At EnCodec's
-75 frames a second and 4 codebooks: ``flatten`` is 300 steps a second of one stream, ``delay`` and ``parallel`` are 75
-steps of four streams. ``delay`` is MusicGen's (Copet et al., 2023): a codebook sees the ones before it in its frame, at
-K - 1 further steps in all. ``parallel`` draws a frame's codebooks independently given the past.
+``streams[k]``, so one ``Layout`` serves them all and its inverse is the same arithmetic read backwards. At
+EnCodec's 75 frames a second and 4 codebooks ``flatten`` is 300 steps a second of one stream, ``delay`` and
+``parallel`` are 75 steps of four streams. ``delay`` is MusicGen's (Copet et al., 2023): a codebook sees the ones
+before it in its frame, at K - 1 further steps in all. ``parallel`` draws a frame's codebooks independently given
+the past.
 
 Ids are offset by ``codebook * cardinality`` so that codebooks do not share embeddings; -1 is "nothing here".
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,9 +52,9 @@ class Layout:
         """Steps from a frame's first step to the one that completes it."""
         return max(self.delays)
 
-    @cached_property
-    def _delays(self) -> np.ndarray:
-        return np.asarray(self.delays)
+    def _at(self, num_frames: int) -> np.ndarray:
+        """The step of each (frame, codebook)."""
+        return np.arange(num_frames)[:, None] * self.stride + np.asarray(self.delays)
 
     def num_steps(self, num_frames: int) -> int:
         return (num_frames - 1) * self.stride + self.lag + 1 if num_frames else 0
@@ -63,22 +64,24 @@ class Layout:
         return max(0, (num_steps - 1 - self.lag) // self.stride + 1)
 
     def tokens(self, codes: np.ndarray) -> np.ndarray:
-        """Codes ``[frames, codebooks]`` -> ids ``[steps, streams]`` int64, -1 where nothing stands."""
+        """Codes ``[frames, codebooks]`` -> ids ``[steps, streams]`` int64, -1 where nothing stands. A code of -1
+        is nothing as well."""
         num_frames, num_codebooks = codes.shape
         assert num_codebooks == self.num_codebooks, (codes.shape, self.num_codebooks)
+        codes = codes.astype(np.int64)
         steps = np.full((self.num_steps(num_frames), self.num_streams), NOTHING, np.int64)
-        at = np.arange(num_frames)[:, None] * self.stride + self._delays
-        steps[at, np.asarray(self.streams)] = codes.astype(np.int64) + np.asarray(self.offsets)
+        ids = np.where(codes < 0, NOTHING, codes + np.asarray(self.offsets))
+        steps[self._at(num_frames), np.asarray(self.streams)] = ids
         return steps
 
     def codes(self, tokens: np.ndarray) -> np.ndarray:
-        """Ids ``[steps, streams]`` from a frame's first step on -> codes ``[frames, codebooks]`` of the complete
-        frames."""
-        at = np.arange(self.num_frames(len(tokens)))[:, None] * self.stride + self._delays
-        return tokens[at, np.asarray(self.streams)] - np.asarray(self.offsets)
+        """Ids ``[steps, streams]`` from a frame's first step on -> codes ``[frames, codebooks]`` of the frames
+        that are complete."""
+        ids = tokens[self._at(self.num_frames(len(tokens))), np.asarray(self.streams)]
+        return np.where(ids < 0, NOTHING, ids - np.asarray(self.offsets))
 
     def codebook_at(self, step: int, stream: int) -> int | None:
-        """The codebook whose token stands there, or None where a stream has nothing (``delay``'s first steps)."""
+        """The codebook whose token stands there, None where a stream has nothing (``delay``'s first steps)."""
         for codebook, (delay, own) in enumerate(zip(self.delays, self.streams, strict=True)):
             if own == stream and step >= delay and (step - delay) % self.stride == 0:
                 return codebook
@@ -95,8 +98,8 @@ class Pattern(Protocol):
 
 @dataclass(frozen=True)
 class Flatten:
-    """All codebooks of a frame one after the other in one stream. Without ``offsets`` the codebooks share ids, as the
-    original does; they then share embeddings and output rows as well."""
+    """All codebooks of a frame one after the other in one stream. Without ``offsets`` the codebooks share ids, as
+    the original does; they then share embeddings and output rows as well."""
 
     offsets: bool = True
     name: str = "flatten"
@@ -137,3 +140,17 @@ class Parallel:
 
 
 PATTERNS: dict[str, type[Pattern]] = {"flatten": Flatten, "delay": Delay, "parallel": Parallel}
+
+
+def read_pattern(value: Pattern | str | Mapping[str, Any]) -> Pattern:
+    """A pattern from its name, or from its name and settings as YAML and checkpoints hold them."""
+    if isinstance(value, tuple(PATTERNS.values())):
+        return value
+    settings = {"name": value} if isinstance(value, str) else dict(value)
+    kind = PATTERNS.get(settings.pop("name", ""))
+    if kind is None:
+        raise ValueError(f"pattern = {value!r} is not one of {', '.join(PATTERNS)}.")
+    unknown = set(settings) - {field.name for field in fields(kind)}
+    if unknown:
+        raise ValueError(f"pattern.{min(unknown)} is not a setting of pattern={kind.name}.")
+    return kind(**settings)

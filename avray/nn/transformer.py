@@ -1,11 +1,11 @@
-"""A decoder-only transformer over one or several token streams, in GPT-2's form by default and Llama's by settings.
+"""A decoder-only transformer over one or several token streams: GPT-2's form by default, Llama's by settings.
 
 At its default settings it is the original's model to the number: 12,213,504 parameters untied, 11,820,288 tied.
-Queries, keys and values come from one product (no bias), attention is
-``scaled_dot_product_attention`` with ``is_causal`` and no mask: sequences are padded at the end only, where causality
-already hides the padding, so the fused kernel is always taken. Streams (``avray.nn.patterns``) share one embedding
-table whose rows are summed at a step, and one output product split between them. Nothing is computed at construction,
-so a model builds on the meta device; positions are arithmetic in ``forward``.
+Queries, keys and values come from one product (no bias). Attention is ``scaled_dot_product_attention`` with
+``is_causal`` and no mask: sequences are padded at the end only, where causality already hides the padding, so the
+fused kernel is always taken. Streams (``avray.nn.patterns``) share one embedding table whose rows are summed at a
+step, and one output product split between them. Nothing is computed at construction, so a model builds on the meta
+device; positions are arithmetic in ``forward``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Positions = Literal["learned", "rotary", "sinusoidal"]
 class TransformerConfig:
     """Sizes and options.
 
-    ``dropout`` falls on the embeddings and each residual branch, ``attention_dropout`` on the attention weights: above
-    0 the latter takes the fused kernel away while training. ``mlp_width`` None is 4 x ``width`` (8/3 for swiglu,
-    rounded up to 64: the same number of parameters). ``bias`` is that of the layer norms and of the products after
-    attention and in the MLP; ``qkv_bias`` and ``head_bias`` have their own switch.
+    ``dropout`` falls on the embeddings and each residual branch, ``attention_dropout`` on the attention weights:
+    above 0 the latter takes the fused kernel away while training. ``mlp_width`` None is 4 x ``width`` (8/3 for
+    swiglu, rounded up to 64: the same number of parameters). ``bias`` is that of the layer norms and of the
+    products after attention and in the MLP; ``qkv_bias`` and ``head_bias`` have their own switch.
     """
 
     vocabulary: int = 1024
@@ -62,11 +62,11 @@ class TransformerConfig:
         if self.width % self.num_heads:
             raise ValueError(f"width = {self.width} is not a multiple of num_heads = {self.num_heads}.")
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.kv_heads}.")
+            raise ValueError(f"num_kv_heads = {self.kv_heads} does not divide num_heads = {self.num_heads}.")
         if self.head_dim % 2:
             raise ValueError(f"width / num_heads = {self.head_dim} must be even.")
         if self.vocabulary % self.num_streams:
-            raise ValueError(f"num_streams = {self.num_streams} does not divide vocabulary = {self.vocabulary}.")
+            raise ValueError(f"{self.num_streams} streams do not divide vocabulary = {self.vocabulary}.")
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 0 and below 1.")
@@ -86,24 +86,27 @@ class TransformerConfig:
         return 4 * self.width if self.mlp == "gelu" else math.ceil(8 * self.width / 3 / 64) * 64
 
     def norm_layer(self) -> nn.Module:
-        return nn.LayerNorm(self.width, bias=self.bias) if self.norm == "layer" else nn.RMSNorm(self.width, eps=1e-6)
+        if self.norm == "rms":
+            return nn.RMSNorm(self.width, eps=1e-6)
+        return nn.LayerNorm(self.width, bias=self.bias)
 
 
-def rotary(positions: Int[Tensor, "*positions"], head_dim: int, base: float) -> Float[Tensor, "*positions head"]:
+def rotary(positions: Int[Tensor, "*time"], head_dim: int, base: float) -> Float[Tensor, "*time head"]:
     """Angles of rotary positions (Su et al., 2021), halves rotated against each other: cosines then sines."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = base ** (-channels / head_dim)
     angles = positions[..., None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate(x: Float[Tensor, "*batch head"], angles: Float[Tensor, "*#batch head"]) -> Float[Tensor, "*batch head"]:
+def rotate(x: Float[Tensor, "*time head"], angles: Float[Tensor, "*#time head"]) -> Float[Tensor, "*time head"]:
     """Turn queries or keys by their angles, in float32."""
     cos, sin = angles.chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def sinusoids(positions: Int[Tensor, "*positions"], width: int) -> Float[Tensor, "*positions width"]:
+def sinusoids(positions: Int[Tensor, "*time"], width: int) -> Float[Tensor, "*time width"]:
     """Sine and cosine positions (Vaswani et al., 2017), sines in the even channels."""
     angles = rotary(positions, width, 10_000.0)
     cos, sin = angles.chunk(2, dim=-1)

@@ -1,0 +1,247 @@
+"""How ``codec_lm`` generates: slots that each stand at their own step of their own window, advanced together.
+
+A step embeds each slot's last tokens, runs the cached transformer once for all slots (twice where a text guides), and
+draws; a frame goes out as soon as its last codebook is drawn. What comes after the model is always the same shape, so
+a slot's tokens depend on its request, its seed and the number of slots alone.
+
+A window that is full slides by whole frames: the later half of its frames is encoded again from position 0 and the
+text, if any, stays in front. That keeps the codebooks' phase and what the model saw in training (a window that begins
+on a frame), and costs one prompt's encoding for every half context. A prompt that does not fit starts from its last
+half context in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avray.codecs.base import Codec
+from avray.family import Batch, FrameStream, Modality, Options, Piece
+from avray.nn.kv_cache import CachedTransformer
+from avray.nn.patterns import NOTHING, Layout
+from avray.nn.sampling import Draw, draw, uniforms
+
+if TYPE_CHECKING:
+    from avray.families.codec_lm import CodecTransformer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Options with their defaults filled in."""
+
+    seconds: float
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    guidance_scale: float
+
+    def __post_init__(self):
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds = {self.seconds} must be above 0 and finite.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale = {self.guidance_scale} must be 0 or more; 1 is no guidance.")
+        self.draw  # noqa: B018 - checks the other three
+
+    @property
+    def draw(self) -> Draw:
+        return Draw(self.temperature, self.top_k, self.top_p)
+
+
+class _Slot:
+    """One request under way. Steps and frames are counted from the start of its window."""
+
+    def __init__(self, codes: np.ndarray, text: Tensor, seed: int, how: Generation, num_frames: int, layout: Layout,
+                 context: int):
+        self.text, self.seed, self.draw, self.layout = text, seed, how.draw, layout
+        self.scale = how.guidance_scale if len(text) else 1.0
+        self.room = context - len(text)
+        if len(codes) * layout.stride >= self.room:
+            codes = codes[len(codes) - self.room // 2 // layout.stride :]
+        self.tokens = np.full((self.room + layout.lag, layout.num_streams), NOTHING)
+        known = layout.tokens(codes)
+        self.tokens[: len(known)] = known
+        self.step = len(codes) * layout.stride
+        self.done_frames = len(codes)
+        self.end_frame = len(codes) + num_frames
+        self.drawn = 0
+
+    def slide(self) -> None:
+        """Move the later half of the frames to the window's start; nothing stands before their first step."""
+        stride = self.layout.stride
+        frames = self.step // stride - self.room // 2 // stride
+        self.tokens[: len(self.tokens) - frames * stride] = self.tokens[frames * stride :].copy()
+        self.tokens[len(self.tokens) - frames * stride :] = NOTHING
+        for step in range(self.layout.lag):
+            for stream in range(self.layout.num_streams):
+                if self.layout.codebook_at(step, stream) is None:
+                    self.tokens[step, stream] = NOTHING
+        self.step -= frames * stride
+        self.done_frames -= frames
+        self.end_frame -= frames
+
+    def take(self, ids: np.ndarray, stop_id: int | None) -> np.ndarray | None:
+        """Put the step's drawn ids where nothing is known yet, and return the codes of frames that are now complete,
+        None where there are none."""
+        layout = self.layout
+        for stream, token in enumerate(ids):
+            codebook = layout.codebook_at(self.step, stream)
+            if codebook is None or self.tokens[self.step, stream] != NOTHING:
+                continue
+            frame = (self.step - layout.delays[codebook]) // layout.stride
+            if frame >= self.end_frame:
+                continue
+            self.tokens[self.step, stream] = token
+            if codebook == 0 and token == stop_id:
+                self.end_frame = frame
+        self.step += 1
+        self.drawn += 1
+        first = self.done_frames
+        self.done_frames = max(first, min(layout.num_frames(self.step), self.end_frame))
+        if self.done_frames == first and not self.done:
+            return None
+        return layout.codes(self.tokens[first * layout.stride : self.step])[: self.done_frames - first]
+
+    @property
+    def done(self) -> bool:
+        return self.done_frames >= self.end_frame
+
+
+class CodecSampler:
+    """A ``Sampler`` whose pieces are codes ``[frames, codebooks]``."""
+
+    def __init__(self, model: CodecTransformer, layout: Layout, frame_rate_hz: float, stop: bool, slots: int,
+                 generation: Callable[[Options], Generation]):
+        self.model, self.layout, self.frame_rate_hz, self.slots = model.eval(), layout, frame_rate_hz, slots
+        self.stop_id = layout.cardinality - 1 if stop else None
+        self.generation = generation
+        self.context = model.transformer.config.context
+        self.device = model.transformer.norm.weight.device
+        self.cache = CachedTransformer(model.transformer, slots)
+        self.free_cache = CachedTransformer(model.transformer, slots) if model.text is not None else None
+        self.busy: dict[int, _Slot] = {}
+        self.first = np.array([layout.offsets[s] if layout.num_streams > 1 else 0 for s in range(layout.num_streams)])
+        self.allowed = self._allowed()
+
+    def _allowed(self) -> Tensor | None:
+        """0 or -inf for each id ``[phase, stream, id]`` of a step, None where every id is always allowed: an id of
+        another codebook never is, nor is a stop in any codebook but the first."""
+        layout, ids = self.layout, self.layout.vocabulary // self.layout.num_streams
+        table = np.full((layout.stride, layout.num_streams, ids), -np.inf, np.float32)
+        for k, (delay, stream, offset) in enumerate(zip(layout.delays, layout.streams, layout.offsets, strict=True)):
+            begin = offset - self.first[stream]
+            usable = layout.cardinality - (self.stop_id is not None and k > 0)
+            table[delay % layout.stride, stream, begin : begin + usable] = 0
+        return torch.from_numpy(table).to(self.device) if np.isinf(table).any() else None
+
+    def admit(self, slots: Sequence[int], batch: Batch, seeds: Sequence[int], options: Sequence[Options]) -> None:
+        for i, slot in enumerate(slots):
+            assert slot not in self.busy, f"slot {slot} is busy"
+            codes = batch["codes"][i].cpu().numpy()
+            text = batch["text"][i, : int(batch["start"][i])].to(self.device)
+            how = self.generation(options[i])
+            num_frames = max(1, round(how.seconds * self.frame_rate_hz))
+            state = _Slot(codes[codes[:, 0] >= 0], text, seeds[i], how, num_frames, self.layout, self.context)
+            self._encode(slot, state)
+            self.busy[slot] = state
+
+    def drop(self, slot: int) -> None:
+        self.busy.pop(slot, None)
+
+    @torch.inference_mode()
+    def _encode(self, slot: int, state: _Slot) -> None:
+        """Fill the slot's cache with all but the last tokens, which the next step embeds."""
+        caches = [(self.cache, state.text)] + ([(self.free_cache, state.text[:0])] if state.scale != 1 else [])
+        for cache, text in caches:
+            inputs = torch.full((1, len(text) + state.step, self.layout.num_streams), NOTHING)
+            inputs[0, len(text) + 1 :] = torch.from_numpy(state.tokens[: max(0, state.step - 1)])
+            padded = torch.full(inputs.shape[:2], NOTHING, device=self.device)
+            padded[0, : len(text)] = text
+            start = torch.tensor([len(text)], device=self.device)
+            cache.prefill(slot, self.model.embed(inputs.to(self.device), padded, start)[0])
+
+    @torch.inference_mode()
+    def step(self) -> list[Piece]:
+        if not self.busy:
+            return []
+        for slot, state in self.busy.items():
+            if state.step >= state.room:
+                state.slide()
+                self._encode(slot, state)
+        rows = [self.busy.get(slot) for slot in range(self.slots)]
+        ids = self._draw(rows, self._logits(rows)) + self.first
+        pieces = []
+        for slot, state in list(self.busy.items()):
+            codes = state.take(ids[slot], self.stop_id)
+            if codes is not None:
+                pieces.append(Piece(slot, codes, state.done))
+            if state.done:
+                self.drop(slot)
+        return pieces
+
+    def _logits(self, rows: Sequence[_Slot | None]) -> Tensor:
+        """``[slots, streams, ids]``, guided where a row asks for it."""
+        last = np.full((self.slots, 1, self.layout.num_streams), NOTHING)
+        for slot, row in enumerate(rows):
+            if row and row.step:
+                last[slot, 0] = row.tokens[row.step - 1]
+        start = torch.tensor([0 if row and row.step == 0 else -1 for row in rows], device=self.device)
+        nothing = torch.full((self.slots, 1), NOTHING, device=self.device)
+        x = self.model.embed(torch.from_numpy(last).to(self.device), nothing, start)[:, 0]
+        hidden = self.cache.step(x, [len(row.text) + row.step if row else 0 for row in rows])
+        logits = self.model.transformer.logits(hidden)
+        scales = [row.scale if row else 1.0 for row in rows]
+        if any(scale != 1 for scale in scales):
+            assert self.free_cache is not None
+            hidden = self.free_cache.step(x, [row.step if row and row.scale != 1 else 0 for row in rows])
+            free = self.model.transformer.logits(hidden)
+            scale = torch.tensor(scales, device=self.device)[:, None, None]
+            logits = torch.where(scale == 1, logits, free + scale * (logits - free))
+        return logits
+
+    def _draw(self, rows: Sequence[_Slot | None], logits: Tensor) -> np.ndarray:
+        steps = [row.step if row else 0 for row in rows]
+        if self.allowed is not None:
+            logits = logits + self.allowed[[step % self.layout.stride for step in steps]]
+        numbers = uniforms([row.seed if row else 0 for row in rows], [row.drawn if row else 0 for row in rows],
+                           self.layout.num_streams)
+        return draw(logits, numbers, [row.draw if row else Draw() for row in rows]).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class CodesRenderer:
+    """Codes to sound through the codec's only decoder."""
+
+    codec: Codec
+    device: torch.device | str
+    modality: Modality = "audio"
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.codec.sample_rate_hz
+
+    def open(self) -> CodesRender:
+        return CodesRender(self.codec, self.device, self.codec.decoder())
+
+
+@dataclass
+class CodesRender:
+    """One request's: codes ``[frames, codebooks]`` in, samples ``[1, n]`` float32 out."""
+
+    codec: Codec
+    device: torch.device | str
+    decoder: FrameStream
+
+    def push(self, data: Any) -> np.ndarray:
+        if not len(data):
+            return np.zeros((1, 0), np.float32)
+        latents = self.codec.from_codes(torch.from_numpy(data.T.copy())[None].to(self.device))
+        return self.decoder.push(latents[0].T.cpu().numpy())[None]
+
+    def finish(self) -> np.ndarray:
+        return self.decoder.finish()[None]

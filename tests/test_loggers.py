@@ -23,6 +23,7 @@ from avray.train.loggers import (
     WandbLogger,
     duration,
     open_loggers,
+    read_metrics,
 )
 
 TONE = Audio(0.5 * np.sin(np.arange(2400, dtype=np.float32) / 8)[None].repeat(2, axis=0), 24_000)
@@ -73,6 +74,8 @@ def test_csv_grows_columns_and_merges_a_step(tmp_path):
         {"step": "3", "loss": "nan", "validation_loss": ""},
     ]
     logger.close()
+    curves = read_metrics(logger.path)
+    assert curves["validation_loss"] == [(2, 0.75)] and curves["loss"][:2] == [(1, 1.0), (2, 0.5)]
     assert [path.name for path in logger.path.parent.iterdir()] == ["metrics.csv"]
 
 

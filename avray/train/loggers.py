@@ -155,6 +155,18 @@ def _cell(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.9g}"  # 9 digits tell any two float32 apart
 
 
+def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Each figure of a ``metrics.csv`` as (step, value), for ``avray.metrics.pictures.curve_png``."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            for name, cell in row.items():
+                if cell:
+                    curves.setdefault(name, []).append((step, float(cell)))
+    return curves
+
+
 class WandbLogger:
     """Weights & Biases. ``run_id`` is what a resumed run is found by; figures stand over our own ``step``,
     because W&B refuses to go back to an earlier step of its own."""

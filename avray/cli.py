@@ -167,7 +167,7 @@ def _settings(command: Command, mapping: dict[str, Any]) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    settings = from_mapping(command.settings, mapping)
+    settings: Any = from_mapping(command.settings, mapping)
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN and hasattr(settings, "run"):
         settings = replace(settings, run=RunSettings(f"{settings.run.dir}-{hydra_config.job.num}"))
@@ -180,11 +180,15 @@ def _settings(command: Command, mapping: dict[str, Any]) -> Any:
 
 def _report(error: BaseException) -> int:
     """Print what went wrong on stderr and return the exit code."""
-    while type(error).__module__.startswith("ray.") and isinstance(getattr(error, "cause", None), Exception):
-        error = error.cause  # type: ignore[attr-defined]  # a task's error wears the class of its cause, not its message
+    whole = error
+    while type(error).__module__.startswith("ray."):  # a task's error: the class of its cause, a traceback as message
+        cause = getattr(error, "cause", None)
+        if not isinstance(cause, Exception):
+            break
+        error = cause
     code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
     if code == 1 or os.environ.get("AVRAY_DEBUG") == "1":
-        traceback.print_exception(error)
+        traceback.print_exception(whole)
     if code == 130:
         print("Interrupted.", file=sys.stderr)
     elif code != 1:

@@ -16,6 +16,7 @@ import pytest
 import avray
 from avray import cli
 from avray.config import to_mapping
+from avray.errors import DataError
 
 ENVIRONMENT = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(Path(avray.__file__).parent.parent)}
 SCRIPT = """
@@ -97,6 +98,20 @@ def test_debug_shows_the_traceback(script) -> None:
     done = script("run.dir=runs/data", AVRAY_DEBUG="1")
     assert done.code == 3 and "Traceback" in done.stderr and "error: No rows." in done.stderr
     assert "Traceback" in script("sed=1", AVRAY_DEBUG="1").stderr
+
+
+def test_an_error_of_a_ray_task_is_its_causes_sentence(toy, capsys: pytest.CaptureFixture[str]) -> None:
+    class Wrapped(DataError):
+        cause = DataError("No rows.")
+
+    Wrapped.__module__ = "ray.exceptions"
+
+    def main(settings: object) -> str:
+        raise Wrapped("a remote traceback\nof many lines")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run_command(main, cli.TRAIN, [])
+    assert ended.value.code == 3 and capsys.readouterr().err == "error: No rows.\n"
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

@@ -227,7 +227,8 @@ def test_inner_groups_and_nested_fields() -> None:
     assert settings.family["segment_s"] == 3 and settings.family["codec"] == settings.codec
 
 
-@pytest.mark.parametrize("text", ["a bell, then drums", "it's \\ 'so'", "x=y", "[1]", "${", "true", "1.50", "{", "\"", "a\nb"])
+@pytest.mark.parametrize("text", ["a bell, then drums", "it's \\ 'so'", "x=y", "[1]", "${", "true", "1.50", "{", "\"",
+                                  "a\nb"])
 def test_free_text_needs_no_second_quotes(text: str) -> None:
     override = composing.rewrite(GenerateSettings, [f"prompt={text}"])
     if text == "${":  # an interpolation is the user's own

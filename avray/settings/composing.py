@@ -9,8 +9,8 @@ needs no YAML. ``avray/conf`` is always on the search path, so that a root of on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from math import prod
@@ -55,8 +55,9 @@ def register_resolvers() -> None:
     def required(key: str) -> NoReturn:
         raise ValueError(f"{key} is missing: give {key}=… on the command line.")
 
-    resolvers = {"required": required, "len": len, "add": lambda *numbers: sum(numbers), "multiply": lambda *numbers: prod(numbers),
-                 "divide": lambda a, b: a / b, "floor_divide": lambda a, b: a // b}
+    resolvers: dict[str, Callable[..., Any]] = {
+        "required": required, "len": len, "add": lambda *numbers: sum(numbers),
+        "multiply": lambda *numbers: prod(numbers), "divide": lambda a, b: a / b, "floor_divide": lambda a, b: a // b}
     for name, function in resolvers.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
 
@@ -152,11 +153,12 @@ def explain(error: Exception, name: str, settings: type, overrides: Sequence[str
         return f"{error.override} cannot be read: quote a value with signs in it twice, '{key}=\"{value}\"'."
     if match := re.match(r"Ambiguous value for argument '(.*?)'\n", message):
         key, _, value = match.group(1).partition("=")
-        return f"{match.group(1)} names several values; add --multirun to run each, or write {key}=[{value}] for a list."
+        return (f"{match.group(1)} names several values; add --multirun to run each, or write {key}=[{value}] for a "
+                "list.")
     if match := re.match(r"Could not override '([^']+)'", message):
         key = match.group(1)
         others = [override for override in overrides if override.partition("=")[0] != key]
-        with _errors_ignored():
+        with suppress(Exception):  # made only to find a near match, it may fail for another reason
             return _unknown_key(_compose(name, settings, others, config_dir, config_name), key)
         return f"{key} is not a setting."
     if isinstance(error, MissingMandatoryValue):
@@ -172,7 +174,8 @@ def explain(error: Exception, name: str, settings: type, overrides: Sequence[str
 
 def _unknown_key(config: Any, key: str) -> str:
     """Which part of a dotted ``key`` is not in ``config``, and what is near it."""
-    node, walked = config, []
+    node = config
+    walked: list[str] = []
     for part in key.split("."):
         if not isinstance(node, (Mapping, DictConfig)):
             return f"{'.'.join(walked)} is a single value and has no {part} in it."
@@ -181,15 +184,7 @@ def _unknown_key(config: Any, key: str) -> str:
             return f"{'.'.join([*walked, part])} is not a setting{near}"
         walked.append(part)
         if OmegaConf.is_interpolation(node, part):
-            return f"{key} cannot be set, as {'.'.join(walked)} is {node._get_node(part)._value()}; set that."
+            given = OmegaConf.to_container(node, resolve=False)[part]  # type: ignore[index, call-overload]
+            return f"{key} cannot be set, as {'.'.join(walked)} is {given}; set that."
         node = node[part]
     return f"{key} cannot be set."
-
-
-@contextmanager
-def _errors_ignored() -> Iterator[None]:
-    """The second composition, made only to find a near match, may fail for another reason."""
-    try:
-        yield
-    except Exception:  # noqa: BLE001, S110
-        pass

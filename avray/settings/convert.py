@@ -75,8 +75,8 @@ def instantiate(value: Any, where: str = "") -> Any:
         if "_target_" not in built:
             return built
         target = import_target(built.pop("_target_"), _join(where, "_target_"))
-        if dataclasses.is_dataclass(target):
-            return from_mapping(target, built, where)  # type: ignore[type-var]
+        if isinstance(target, type) and dataclasses.is_dataclass(target):
+            return from_mapping(target, built, where)
         try:
             inspect.signature(target).bind(**built)
         except TypeError as error:
@@ -161,7 +161,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         hint_text = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(f"{key} must be one of {', '.join(map(str, args))}, got {value!r}{hint_text}")
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else from_mapping(hint, value, key)  # type: ignore[arg-type,type-var]
+        return value if isinstance(value, hint) else from_mapping(hint, value, key)  # type: ignore[arg-type]
     if origin in (list, tuple, Sequence):
         return _convert_sequence(value, origin, args, key)
     if origin in (dict, Mapping):
@@ -212,7 +212,7 @@ def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
             return float(value)
         raise ValueError(f"{key} must be a number, got {value!r}.")
     if hint is str:
-        if isinstance(value, str) or isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
             return str(value)
         raise ValueError(f"{key} must be text, got {value!r}; quote it twice if text it is: {key}='\"{value}\"'.")
     if hint is Path:

@@ -31,7 +31,7 @@ def describe(cls: type, where: str = "") -> Iterator[Described]:
     for field in dataclasses.fields(cls):
         key = f"{where}.{field.name}" if where else field.name
         if dataclasses.is_dataclass(hints[field.name]):
-            yield from describe(hints[field.name], key)  # type: ignore[arg-type]
+            yield from describe(hints[field.name], key)
         else:
             yield Described(key, _as_typed(_default(field)), meanings.get(field.name, ""))
 
@@ -41,7 +41,7 @@ def hint_of(cls: type, key: str) -> Any:
     hint: Any = cls
     for name in key.split("."):
         if dataclasses.is_dataclass(hint):
-            hint = get_type_hints(hint).get(name)  # type: ignore[arg-type]
+            hint = get_type_hints(hint).get(name)
         else:
             hint = Any if hint is Any or is_mapping(hint) else None
     return hint

@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 from avray.errors import MissingDependency
 from avray.media import Audio
 from avray.settings.trainer import LoggerSettings
+from avray.progress import Progress, ProgressLine, duration
 from avray.train.loggers import (
     CsvLogger,
     LoggerGroup,
     MlflowLogger,
-    Progress,
-    ProgressLine,
     TensorBoardLogger,
     WandbLogger,
-    duration,
     open_loggers,
     read_metrics,
 )

@@ -155,12 +155,9 @@ def _dataset(tables: list[pa.Table]) -> ray.data.Dataset:
 
 
 def _actors(pool: Pool, num_tasks: int) -> dict[str, Any]:
-    """Two restarts and two retries: by default a file that crashes its decoder is tried for ever."""
-    return {
-        "batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True,
-        "compute": ray.data.ActorPoolStrategy(size=max(1, min(pool.size, num_tasks))),
-        "num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "max_restarts": 4, "max_task_retries": 4,
-    }
+    """Ray restarts a dead actor for ever; the embedder's journal is what ends that, file by file."""
+    return {"batch_size": None, "batch_format": "pyarrow", "num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus,
+            "compute": ray.data.ActorPoolStrategy(size=max(1, min(pool.size, num_tasks)))}
 
 
 def _device(pool: Pool) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 import ray
 
+from avray.progress import Progress, ProgressLine, shown
 from avray.train.job import Job
-from avray.train.loggers import Progress, ProgressLine
 from avray.train.samples import Asked, questions, write_samples
 
 
@@ -83,7 +83,8 @@ class Watch:
                 self.sample(checkpoint, step)
 
     def sample(self, checkpoint: str, step: int) -> None:
-        tensorboard = self.run_dir / "tensorboard" if self.job.settings.trainer.loggers.tensorboard else None
+        # A folder of its own: TensorBoard follows one event file a folder, and would lose the trainer's.
+        tensorboard = self.run_dir / "tensorboard" / "samples" if self.job.settings.trainer.loggers.tensorboard else None
         self.sampling.append(sample.remote(checkpoint, self.asked, str(self.run_dir / "samples" / f"step-{step:08d}"),
                                            str(tensorboard) if tensorboard else None, step))
 
@@ -96,24 +97,3 @@ class Watch:
                 self.failed_samples.append(str(error).strip().splitlines()[-1])
         for reason in self.failed_samples:
             print(f"A sample could not be made: {reason}", file=sys.stderr)
-
-    @staticmethod
-    def of_embedding(progress: str, what: str) -> Any:
-        """A callback ``(done, total)`` for embedding, with rate and time left; None when quiet."""
-        if not shown(progress):
-            return None
-        lines: list[ProgressLine] = []
-
-        def show(done: int, total: int) -> None:
-            if not lines:
-                lines.append(ProgressLine(total, unit="shards"))
-                lines[0].say(f"Encoding {what}: {total} shards")
-            lines[0].update(Progress(done))
-            if done == total:
-                lines[0].close()
-
-        return show
-
-
-def shown(progress: str) -> bool:
-    return progress == "on" or (progress == "auto" and sys.stderr.isatty())

@@ -28,9 +28,10 @@ from avray.checkpoint import AsyncSaver, Checkpoint, Content, newest, prune
 from avray.config import instantiate
 from avray.data.loader import Loader, Source, Step
 from avray.errors import CheckpointError, TrainingFailed
+from avray.progress import Progress
 from avray.train.card import model_card
 from avray.train.job import Job
-from avray.train.loggers import LoggerGroup, Progress
+from avray.train.loggers import LoggerGroup
 from avray.train.optim import EarlyStopping, Ema, build_optimizer, build_schedule
 from avray.train.parallel import LossModule, Parallel, agreed, like, recompute_activations, total, whole
 from avray.train.validation import Validation, validation_loss

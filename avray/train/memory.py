@@ -29,6 +29,9 @@ class Memory:
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.ema + self.activations
 
+    def as_figures(self) -> dict[str, int]:
+        return {**vars(self), "total": self.total}
+
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in vars(self).items())
         return f"{self.total / 2**30:.2f} GiB ({parts})"
@@ -47,16 +50,15 @@ def estimate(family: Family, fitted: Fitted, batch: Batch, settings: TrainerSett
         model = family.build(fitted)
     if settings.activation_checkpointing:
         recompute_activations(model)
-    kept: dict[int, int] = {}
-    own = {parameter.data_ptr() for parameter in model.parameters()} | {id(p) for p in model.parameters()}
+    weights_here = {id(parameter) for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}  # by storage, held so that no identity is used twice
 
     def keep(tensor: Tensor) -> Tensor:
-        if not any(tensor is p or tensor._base is p for p in model.parameters()):
-            kept[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-            alive.append(tensor)
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in weights_here:
+            kept[id(base)] = base
         return tensor
 
-    alive: list[Tensor] = []
     meta = Batch({name: tensor.to("meta") for name, tensor in batch.tensors.items()}, batch.counts, batch.ids)
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -65,9 +67,8 @@ def estimate(family: Family, fitted: Fitted, batch: Batch, settings: TrainerSett
         else:
             with torch.autocast(settings.device_name, dtype):
                 family.loss(model, meta, torch.Generator())
-    del own
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     share = settings.num_workers if settings.parallel == "fsdp2" else 1
     return Memory(weights // share, trained // share, MOMENTS.get(settings.optimizer.name, 2) * trained // share,
-                  trained // share if settings.ema_decay else 0, sum(kept.values()))
+                  trained // share if settings.ema_decay else 0, sum(base.numel() * base.element_size() for base in kept.values()))

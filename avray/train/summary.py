@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from avray.data.cache import Cache
+from avray.data.prepare import enforce, write_lost
 from avray.data.store import Store
 from avray.train.job import Job
 
@@ -47,9 +47,7 @@ def write_summary(job: Job, outcome: Mapping[str, Any], rows: Mapping[str, int],
 def rejected_rows(job: Job, cache: Cache, rejects_path: Path) -> dict[str, int]:
     """Every row counted: those of the manifest, less the examples whose media could not be decoded after all."""
     lost = {**cache.rejects(job.train, job.columns), **cache.rejects(job.validation, job.columns)}
-    if lost:
-        with open(rejects_path, "a", encoding="utf-8") as file:
-            for name, reason in sorted(lost.items()):
-                file.write(json.dumps({"source": name, "line": None, "reason": reason}) + os.linesep)
-    return {"used": job.rows["used"], "rejected": job.rows["rejected"], "examples": job.train.num_examples
-            + job.validation.num_examples - len(lost), "examples_rejected": len(lost)}
+    write_lost(lost, rejects_path)
+    total = job.train.num_examples + job.validation.num_examples
+    enforce(len(lost), total, job.settings.data.max_reject_fraction, rejects_path)
+    return {**job.rows, "examples": total - len(lost), "examples_rejected": len(lost)}

@@ -10,44 +10,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from avray.checkpoint import newest, sweep
+from avray.checkpoint import Checkpoint, newest, sweep
 from avray.config import TrainSettings, to_mapping
 from avray.data.cache import Cache
 from avray.data.cluster import Needs, start_ray
-from avray.data.dataset import Dataset, open_dataset
-from avray.data.plan import Plan
-from avray.data.rows import example_row
-from avray.data.stream import InOrder, Pool, block_dataset, prepare
+from avray.data.prepare import Prepared, pool_of, prepare_training
+from avray.data.rows import gather
+from avray.data.stream import InOrder, block_dataset
+from avray.devices import device_of
 from avray.errors import CheckpointError, DataError, MissingDependency, TrainingFailed
-from avray.family import Column, Family, Fitted, Row
+from avray.family import Column, Family
 from avray.media import Limits
 from avray.registry import family_settings
 from avray.train.board import Board, Watch
 from avray.train.job import Job
-from avray.train.memory import count_parameters
+from avray.train.memory import Memory, count_parameters, estimate
 from avray.train.summary import rejected_rows, write_summary
+from avray.train.validation import checkpoint_loss
 from avray.train.worker import work
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A data set ready to train on: plans, fitted state, and validation embedded."""
-
-    dataset: Dataset
-    train: Plan
-    validation: Plan
-    fitted: Fitted
-    columns: list[Column]
 
 
 def train(settings: TrainSettings, family: Family) -> dict[str, Any]:
@@ -56,20 +45,44 @@ def train(settings: TrainSettings, family: Family) -> dict[str, Any]:
     Raises ValueError for settings that cannot be, DataError for data, TrainingFailed when a worker fails for good.
     """
     began = time.perf_counter()
+    if settings.dry_run:
+        settings = dry(settings)
     run_dir = Path(settings.run.dir)
     check_run_dir(run_dir, settings)
     check_device(settings)
     start_ray(needs(settings, len(family.columns(None))), settings.cluster, settings.data.no_progress_timeout_s,
               verbose=settings.logging.level == "debug")
-    prepared = prepare_data(settings, family, run_dir)
+    prepared = prepare_training(family, settings.data, run_dir, settings.logging.progress)
     job = Job(settings, family, prepared.fitted, prepared.train, prepared.validation, to_mapping(settings),
               family_settings(family), prepared.dataset.counts())
     job.train_order.check_workers(settings.trainer.num_workers, settings.trainer.accumulate)
     watch = Watch(job)
     outcome = fit(job, prepared.columns, prepared.dataset.limits, watch)["outcome"]
     watch.finish()
+    extra = held_out(job, prepared) | ({"memory_bytes": memory_needed(job).as_figures()} if settings.dry_run else {})
     rows = rejected_rows(job, Cache(settings.data.cache), run_dir / "rejects.jsonl")
-    return write_summary(job, outcome, rows, count_parameters(family, prepared.fitted), time.perf_counter() - began)
+    return write_summary(job, outcome, rows, count_parameters(family, prepared.fitted), time.perf_counter() - began, extra)
+
+
+def held_out(job: Job, prepared: Prepared) -> dict[str, Any]:
+    """The best checkpoint's loss and baselines on the groups that were held out altogether, where there are any."""
+    if prepared.test is None:
+        return {}
+    checkpoint = Checkpoint.open(Path(job.settings.run.dir) / "last")
+    best = Path(job.settings.run.dir) / "best"
+    checkpoint = Checkpoint.open(best) if best.exists() else checkpoint
+    loss = checkpoint_loss(checkpoint, job.family, prepared.test, Cache(job.settings.data.cache),
+                           job.settings.trainer.device_name, job.settings.trainer.batch_size)
+    return {"held_out": {"loss": loss.loss, "baselines": loss.baselines, "examples": prepared.test.num_examples}}
+
+
+def memory_needed(job: Job) -> Memory:
+    """An estimate for one worker, from one micro-batch of validation rows on the meta device."""
+    trainer = job.settings.trainer
+    size = trainer.batch_size // (trainer.num_workers * trainer.accumulate)
+    order = job.validation.order(size, 0, size, shuffle=False)
+    rows = gather(job.validation, Cache(job.settings.data.cache), job.columns, order.step(0, 0))
+    return estimate(job.family, job.fitted, job.family.collate(rows, job.fitted), trainer)
 
 
 def check_run_dir(run_dir: Path, settings: TrainSettings) -> None:
@@ -87,77 +100,14 @@ def check_run_dir(run_dir: Path, settings: TrainSettings) -> None:
 
 def check_device(settings: TrainSettings) -> None:
     """MissingDependency where the device asked for is not in this machine (a cluster's are Ray's to check)."""
-    import torch
-
-    name = settings.trainer.device_name
-    here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}[name]
-    if settings.cluster is None and not here():
-        raise MissingDependency(f"trainer.device={name} was asked for and this machine has none: take trainer.use_gpu=false "
-                                "and trainer.device=cpu, or a machine that has one.")
+    if settings.cluster is None:
+        device_of(settings.trainer.device_name)
 
 
 def needs(settings: TrainSettings, pools: int, trials: int = 1) -> Needs:
     trainer, data = settings.trainer, settings.data
     return Needs(pools, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus, trainer.num_workers,
                  trainer.cpus_per_worker, float(trainer.use_gpu), trials)
-
-
-def prepare_data(settings: TrainSettings, family: Family, run_dir: Path) -> Prepared:
-    """Plans, fitted state, and everything embedded that has to be before the first step (the validation rows)."""
-    data = settings.data
-    dataset = open_dataset(family, data, run_dir / "rejects.jsonl")
-    for split in ("train", "validation"):
-        if split not in dataset.plans:
-            raise DataError(f"The data set has no {split} rows: give more recordings, or set data.validation_fraction.")
-    train, validation = dataset.plans["train"], dataset.plans["validation"]
-    cache = Cache(data.cache)
-    fitted, columns = fit_family(family, train, validation, cache, settings, dataset.limits)
-    if data.mode == "prepared":
-        missing = cache.missing(train, columns)
-        if missing:
-            raise DataError(f"data.mode=prepared and the cache lacks {len(missing)} of {len(train.shards)} training shards: "
-                            "run pipelines/prepare.py with the same settings, or take data.mode=stream.")
-    return Prepared(dataset, train, validation, fitted, columns)
-
-
-def fit_family(family: Family, train: Plan, validation: Plan, cache: Cache, settings: TrainSettings,
-               limits: Limits) -> tuple[Fitted, list[Column]]:
-    """``family.fit`` on a sample of the training rows, with what it and validation need embedded first."""
-    data = settings.data
-    sample = sample_shards(train, data.fit_rows)
-    before = family.columns(None)
-    embed(settings, train.subset(sample), before, cache, limits, "fit sample")
-    fitted = family.fit(iter(sample_rows(train.subset(sample), cache, before, data.fit_rows)))
-    columns = family.columns(fitted)
-    embed(settings, validation, columns, cache, limits, "validation rows")
-    return fitted, columns
-
-
-def sample_shards(plan: Plan, rows: int) -> list[int]:
-    """Shards, in an order that depends on the plan alone, until they hold ``rows`` examples."""
-    permutation = np.random.Generator(np.random.Philox(key=[0, len(plan.shards)])).permutation(len(plan.shards))
-    chosen: list[int] = []
-    for index in permutation.tolist():
-        chosen.append(index)
-        rows -= len(plan.shards[index].examples)
-        if rows <= 0:
-            break
-    return chosen
-
-
-def sample_rows(plan: Plan, cache: Cache, columns: list[Column], limit: int) -> list[Row]:
-    rows = [example_row(shard, example, cache, columns) for shard in plan.shards for example in shard.examples]
-    return [row for row in rows if row["weight"] > 0][:limit]
-
-
-def embed(settings: TrainSettings, plan: Plan, columns: list[Column], cache: Cache, limits: Limits, what: str) -> None:
-    """The missing shards of a plan, through Ray Data's actors, with a line of progress."""
-    watch = Watch.of_embedding(settings.logging.progress, what)
-    prepare(plan, columns, cache, pool(settings), limits, watch)
-
-
-def pool(settings: Any) -> Pool:
-    return Pool(settings.data.embed_workers, settings.data.embed_num_cpus, settings.data.embed_num_gpus)
 
 
 def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mapping[str, Any]:
@@ -196,7 +146,7 @@ def first_blocks(job: Job, limits: Limits) -> ray.data.Dataset:
     step = int(start.name.rpartition("-")[2]) if start is not None else 0
     order = job.train_order
     epoch, in_epoch = divmod(step, order.steps_per_epoch)
-    return block_dataset(job.train, order, job.columns, Cache(job.settings.data.cache), pool(job.settings), limits, epoch,
+    return block_dataset(job.train, order, job.columns, Cache(job.settings.data.cache), pool_of(job.settings.data), limits, epoch,
                          in_epoch // order.steps_per_round)
 
 
@@ -223,4 +173,4 @@ def dry(settings: TrainSettings) -> TrainSettings:
     return replace(settings, trainer=replace(settings.trainer, max_steps=1, max_epochs=None, stop_at_step=None,
                                              schedule=replace(settings.trainer.schedule, warmup_steps=0),
                                              validate_every_steps=1, validate_max_rows=settings.trainer.batch_size,
-                                             sample_every_steps=0))
+                                             sample_every_steps=1, num_samples=1))

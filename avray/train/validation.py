@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avray.data.loader import Loader, Source
+from avray.checkpoint import Checkpoint
+from avray.data.cache import Cache
+from avray.data.loader import Loader, PreparedSource, Source
 from avray.data.order import Order
+from avray.data.plan import Plan
 from avray.family import Family, Fitted
-from avray.train.parallel import agreed, total
+from avray.train.parallel import LossModule, agreed, total
 
 Forward = Callable[[dict[str, Tensor], torch.Generator], Tensor]
 
@@ -66,3 +69,15 @@ def validation_loss(family: Family, fitted: Fitted, order: Order, source: Source
 
     losses = {name: sum(w * mean for w, mean in zip(weights, means(index), strict=True)) for index, name in enumerate(known)}
     return agreed(Validation(losses.pop(""), dict(zip(names, means(0), strict=True)), losses))
+
+
+def checkpoint_loss(checkpoint: Checkpoint, family: Family, plan: Plan, cache: Cache, device: str = "cpu",
+                    batch_size: int = 16, max_rows: int | None = None) -> Validation:
+    """A checkpoint's loss on a plan whose columns are in the cache, with the weights it would generate with."""
+    fitted = checkpoint.fitted
+    model = family.build(fitted)
+    checkpoint.load_into(model)
+    module = LossModule(family, model.to(device)).eval()
+    order = plan.order(min(batch_size, plan.num_examples), 0, batch_size * 4, shuffle=False)
+    source = PreparedSource(plan, order, cache, family.columns(fitted))
+    return validation_loss(family, fitted, order, source, module, torch.device(device), max_rows=max_rows)

@@ -44,7 +44,8 @@ def work(config: dict[str, Any]) -> None:
         return streamed[0]
 
     def loggers(resume_step: int | None) -> LoggerGroup:
-        return open_loggers(job.settings, resume_step) if rank == 0 else LoggerGroup([])
+        return open_loggers(job.settings.trainer.loggers, Path(job.settings.run.dir), job.settings_record, resume_step)\
+            if rank == 0 else LoggerGroup([])
 
     place = Place(
         rank=rank, world_size=context.get_world_size(), device=device, train_source=train_source,

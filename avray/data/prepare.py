@@ -1,0 +1,155 @@
+"""Everything between a data set and the first step: plans, what is learnt from the data, and what must be embedded.
+
+``pipelines/prepare.py`` does it for every row; a training run does it for the sample that ``fit`` sees and for the
+validation rows, and streams the rest. Both fit on the same rows, so that both name the same columns.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from avray.config import DataSettings, PrepareSettings
+from avray.data.cache import Cache
+from avray.data.check import describe, report_text
+from avray.data.cluster import Needs, start_ray
+from avray.data.dataset import Dataset, open_dataset, read_rows
+from avray.data.plan import Plan
+from avray.data.rows import example_row
+from avray.data.store import Store
+from avray.data.stream import Pool, prepare
+from avray.errors import DataError
+from avray.family import Column, Family, Fitted, Row
+from avray.progress import counter
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data set ready to train on. ``test`` is there where groups are held out altogether."""
+
+    dataset: Dataset
+    train: Plan
+    validation: Plan
+    test: Plan | None
+    fitted: Fitted
+    columns: list[Column]
+
+
+def prepare_training(family: Family, data: DataSettings, run_dir: Path, progress: str = "off") -> Prepared:
+    """Plans, fitted state, and the validation and test rows embedded.
+
+    DataError where a split is empty, too many rows are bad, or ``data.mode=prepared`` and the cache lacks rows.
+    """
+    dataset = open_dataset(family, data, run_dir / "rejects.jsonl")
+    for split in ("train", "validation"):
+        if split not in dataset.plans:
+            raise DataError(f"The data set has no {split} rows: give more recordings, or another data.validation_fraction.")
+    train, held_out = dataset.plans["train"], [plan for name, plan in dataset.plans.items() if name != "train"]
+    cache = Cache(data.cache)
+    before = family.columns(None)
+    sample = train.subset(sample_shards(train, data.fit_rows))
+    # Where fitting does not change the columns, one pass of the actors serves both.
+    together = [sample, *held_out] if family_needs_no_fit(before, family) else [sample]
+    embed(together, before, cache, data, dataset, progress, "the first rows")
+    fitted = family.fit(iter(sample_rows(sample, cache, before, data.fit_rows)))
+    columns = family.columns(fitted)
+    embed(held_out, columns, cache, data, dataset, progress, "the held-out rows")
+    missing = cache.missing(train, columns) if data.mode == "prepared" else []
+    if missing:
+        raise DataError(f"data.mode=prepared and the cache lacks {len(missing)} of {len(train.shards)} training shards: run "
+                        "pipelines/prepare.py with the same settings, or take data.mode=stream.")
+    return Prepared(dataset, train, dataset.plans["validation"], dataset.plans.get("test"), fitted, columns)
+
+
+def prepare_all(settings: PrepareSettings, family: Family) -> str:
+    """Every row of every split into the cache; returns the line that says what was done."""
+    data, run_dir = settings.data, Path(settings.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    start_ray(embedding_needs(data), settings.cluster, data.no_progress_timeout_s,
+              verbose=settings.logging.level == "debug")
+    prepared = prepare_training(family, replace(data, mode="stream"), run_dir, settings.logging.progress)
+    cache = Cache(data.cache)
+    plans = list(prepared.dataset.plans.values())
+    computed = embed(plans, prepared.columns, cache, data, prepared.dataset, settings.logging.progress, "all rows")
+    lost = {name: reason for plan in plans for name, reason in cache.rejects(plan, prepared.columns).items()}
+    total = sum(plan.num_examples for plan in plans)
+    summary = {"rows": prepared.dataset.counts(), "examples": total, "examples_rejected": len(lost),
+               "shards": sum(len(plan.shards) for plan in plans), "shards_computed": computed,
+               "columns": [column.id() for column in prepared.columns], "cache": data.cache}
+    Store(str(run_dir)).write("summary.json", json.dumps(summary, indent=2).encode())
+    write_lost(lost, run_dir / "rejects.jsonl")
+    enforce(len(lost), total, data.max_reject_fraction, run_dir / "rejects.jsonl")
+    return (f"{total} examples in {summary['shards']} shards are in {data.cache} ({computed} computed now, "
+            f"{len(lost)} rejected) · {run_dir}/summary.json")
+
+
+def check(settings: PrepareSettings) -> str:
+    """Print what the data set holds; encode nothing."""
+    dataset = read_rows(settings.data)
+    run_dir = Path(settings.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    described = describe(dataset.manifest, dataset.rows)
+    print(report_text(described))
+    dataset.manifest.write_rejects(run_dir / "rejects.jsonl")
+    Store(str(run_dir)).write("summary.json", json.dumps(described, indent=2).encode())
+    dataset.manifest.enforce(settings.data.max_reject_fraction, run_dir / "rejects.jsonl")
+    return f"The data set was checked, nothing was encoded · {run_dir}/summary.json, rejects.jsonl"
+
+
+def embed(plans: list[Plan], columns: list[Column], cache: Cache, data: DataSettings, dataset: Dataset, progress: str,
+          what: str) -> int:
+    """The missing shards of these plans, through Ray Data's actors; how many were computed."""
+    together = Plan("together", tuple({shard.name: shard for plan in plans for shard in plan.shards}.values()))
+    return prepare(together, columns, cache, pool_of(data), dataset.limits,
+                   counter(progress, f"Encoding {what}", "shards"))  # type: ignore[arg-type]
+
+
+def family_needs_no_fit(before: list[Column], family: Family) -> bool:
+    """Whether the columns are known before ``fit``: an empty Fitted names the same ones."""
+    try:
+        return [column.id() for column in family.columns(Fitted())] == [column.id() for column in before]
+    except (KeyError, ValueError):
+        return False
+
+
+def sample_shards(plan: Plan, rows: int) -> list[int]:
+    """Shards, in an order that depends on the plan alone, until they hold ``rows`` examples."""
+    permutation = np.random.Generator(np.random.Philox(key=[0, len(plan.shards)])).permutation(len(plan.shards))
+    chosen: list[int] = []
+    for index in permutation.tolist():
+        if rows <= 0:
+            break
+        chosen.append(index)
+        rows -= len(plan.shards[index].examples)
+    return chosen
+
+
+def sample_rows(plan: Plan, cache: Cache, columns: list[Column], limit: int) -> list[Row]:
+    """The first ``limit`` rows that were not rejected."""
+    rows = (example_row(shard, example, cache, columns) for shard in plan.shards for example in shard.examples)
+    return [row for row in rows if row["weight"] > 0][:limit]
+
+
+def enforce(lost: int, total: int, max_fraction: float, rejects: Path) -> None:
+    """DataError when more examples were lost in decoding than is allowed."""
+    if total and lost / total > max_fraction:
+        raise DataError(f"{lost} of {total} examples could not be decoded, over data.max_reject_fraction={max_fraction:g}; "
+                        f"the reasons are in {rejects}: mend the files, or raise the threshold.")
+
+
+def write_lost(lost: dict[str, str], path: Path) -> None:
+    """Add examples that were rejected while decoding to ``rejects.jsonl``."""
+    with open(path, "a", encoding="utf-8") as file:
+        for name, reason in sorted(lost.items()):
+            file.write(json.dumps({"source": name, "line": None, "reason": reason}) + "\n")
+
+
+def pool_of(data: DataSettings) -> Pool:
+    return Pool(data.embed_workers, data.embed_num_cpus, data.embed_num_gpus)
+
+
+def embedding_needs(data: DataSettings, pools: int = 1) -> Needs:
+    return Needs(pools, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus)

@@ -1,0 +1,98 @@
+"""``pipelines/evaluate.py``: a checkpoint's loss beside its baselines, what it generates beside the targets, and one
+page that shows both. The loss is over every row of the split; what is generated is over a fixed, even choice of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from avray.checkpoint import Checkpoint
+from avray.config import DataSettings, EvaluateSettings, from_mapping, instantiate
+from avray.data.cache import Cache
+from avray.data.cluster import Needs, start_ray
+from avray.data.dataset import open_dataset
+from avray.data.plan import Plan
+from avray.data.store import Store
+from avray.data.stream import Pool, prepare
+from avray.engine import Generator
+from avray.devices import device_of
+from avray.errors import DataError
+from avray.evaluation.report import ReportExample, write_report
+from avray.family import Family, Options
+from avray.registry import family_from_settings
+from avray.train.loggers import read_metrics
+from avray.train.samples import Answer, answer, questions
+from avray.train.validation import checkpoint_loss
+
+
+def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
+    """Write the report into ``run.dir`` and return what its ``summary.json`` holds."""
+    assert settings.checkpoint is not None
+    began = time.perf_counter()
+    run_dir = Path(settings.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint.open(settings.checkpoint)
+    family: Family = instantiate(dict(settings.family)) if settings.family else family_from_settings(checkpoint.family)
+    data = data_of(settings, checkpoint)
+    device = device_of(settings.device)
+    dataset = open_dataset(family, data, run_dir / "rejects.jsonl")
+    plan = choose(dataset.plans, settings.split)
+    columns, cache = family.columns(checkpoint.fitted), Cache(data.cache)
+    if cache.missing(plan, columns):
+        start_ray(Needs(1, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus), settings.cluster,
+                  data.no_progress_timeout_s)
+        prepare(plan, columns, cache, Pool(data.embed_workers, data.embed_num_cpus, data.embed_num_gpus), dataset.limits)
+    loss = checkpoint_loss(checkpoint, family, plan, cache, device, settings.batch_size, settings.max_rows)
+    answers = generate_samples(settings, family, plan, device)
+    summary = {
+        "family": checkpoint.family.get("name"), "checkpoint": str(checkpoint.path), "split": settings.split,
+        "validation_loss": loss.loss, "terms": loss.terms, "baselines": loss.baselines,
+        "metrics": measure(family, answers), "rows": {**dataset.counts(), "examples": plan.num_examples,
+                                                      "generated": len(answers)},
+        "seconds": round(time.perf_counter() - began, 1), "device": device,
+    }
+    Store(str(run_dir)).write("summary.json", json.dumps(summary, indent=2).encode())
+    examples = [ReportExample(item.id, item.prompt, item.target, item.generated.media) for item in answers]
+    metrics_csv = checkpoint.path.parent.parent / "metrics.csv"
+    write_report(run_dir, summary, examples, curves=read_metrics(metrics_csv) if metrics_csv.exists() else None,
+                 title=f"{summary['family']} at step {checkpoint.step}")
+    return summary
+
+
+def data_of(settings: EvaluateSettings, checkpoint: Checkpoint) -> DataSettings:
+    """The data set asked for, or without ``data.path`` the one the checkpoint was trained on, split as it was then."""
+    if settings.data.path is not None or "data" not in checkpoint.settings:
+        return settings.data
+    recorded = from_mapping(DataSettings, checkpoint.settings["data"], "data")
+    return replace(recorded, cache=settings.data.cache)
+
+
+def choose(plans: Mapping[str, Plan], split: str) -> Plan:
+    """The split's plan; ``all`` is every split together."""
+    if split == "all":
+        return Plan("all", tuple(shard for name in sorted(plans) for shard in plans[name].shards))
+    if split not in plans:
+        raise DataError(f"The data set has no {split} rows; it has {', '.join(sorted(plans))}: choose one by split=.")
+    return plans[split]
+
+
+def generate_samples(settings: EvaluateSettings, family: Family, plan: Plan, device: str) -> list[Answer]:
+    asked = questions(family, plan, settings.num_samples)
+    if not asked:
+        return []
+    assert settings.checkpoint is not None
+    generator = Generator.open(settings.checkpoint, device=device, slots=min(settings.slots, len(asked)))
+    return answer(generator, asked, Options(), settings.seed)
+
+
+def measure(family: Family, answers: Sequence[Answer]) -> dict[str, float]:
+    """The family's own metrics over what was generated."""
+    metrics = {name: build() for name, build in family.metrics().items()}
+    for item in answers:
+        for metric in metrics.values():
+            metric.update(item.generated.media, item.target, {"id": item.id})
+    return {name: metric.value() for name, metric in metrics.items()} if answers else {}

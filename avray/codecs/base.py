@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from avray.codecs.rvq import BLOCK_ROWS
 from avray.family import Fitted, FrameStream
 
 
@@ -87,3 +88,75 @@ class Latents:
 
     def load(self, device: torch.device | str) -> Codec:
         return self.codec.load(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """The encoder of a column of codes: uint16 ``[time, num_codebooks]``, the first codebook first.
+
+    ``fitted`` holds the learnt codebooks of a codec that needs them, and is part of the column's id.
+    """
+
+    codec: CodecConfig
+    num_codebooks: int | None = None
+    """The first so many; None for all the codec has."""
+    fitted: Fitted | None = None
+
+    def column_id(self) -> str:
+        books = "all" if self.num_codebooks is None else str(self.num_codebooks)
+        state = f"-{self.fitted.digest()}" if self.fitted else ""
+        return f"{self.codec.column_id()}-q{books}{state}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Codes) and self.column_id() == other.column_id()
+
+    def __hash__(self) -> int:
+        return hash(self.column_id())
+
+    def load(self, device: torch.device | str) -> CodesNetwork:
+        """ValueError for more codebooks than there are, or a codec whose codes were not fitted."""
+        if self.codec.needs_fit and self.fitted is None:
+            raise ValueError(f"codec {self.codec.name} learns its codes from the data: fit it before coding with it.")
+        return CodesNetwork(self.codec.load(device, self.fitted), self.num_codebooks, torch.device(device))
+
+
+class CodesNetwork:
+    """A ``family.Network`` whose frames are codes."""
+
+    def __init__(self, codec: Codec, num_codebooks: int | None, device: torch.device) -> None:
+        if num_codebooks is not None and not 1 <= num_codebooks <= codec.num_codebooks:
+            raise ValueError(f"{num_codebooks} codebooks asked for, but the codec has {codec.num_codebooks}.")
+        self.codec, self.device = codec, device
+        self.num_codebooks = num_codebooks or codec.num_codebooks
+        self.sample_rate_hz, self.frame_rate_hz = codec.sample_rate_hz, codec.frame_rate_hz
+
+    def quantize(self, latents: np.ndarray) -> np.ndarray:
+        """``[time, width]`` -> uint16 ``[time, codebooks]``."""
+        if len(latents) == 0:
+            return np.zeros((0, self.num_codebooks), np.uint16)
+        batch = torch.from_numpy(np.ascontiguousarray(latents.T))[None].to(self.device)
+        with torch.inference_mode():
+            return self.codec.to_codes(batch, self.num_codebooks)[0].T.cpu().numpy().astype(np.uint16)
+
+    def encode_batch(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [self.quantize(latents) for latents in self.codec.encode_batch(recordings)]
+
+    def stream(self) -> CodesStream:
+        return CodesStream(self, self.codec.stream())
+
+
+class CodesStream:
+    """Quantises whole blocks of frames counted from the start, so that codes do not depend on the pieces."""
+
+    def __init__(self, network: CodesNetwork, latents: FrameStream) -> None:
+        self.network, self.latents = network, latents
+        self.held = np.zeros((0, network.codec.width), np.float32)
+
+    def push(self, piece: np.ndarray) -> np.ndarray:
+        self.held = np.concatenate([self.held, self.latents.push(piece)])
+        ready = len(self.held) // BLOCK_ROWS * BLOCK_ROWS
+        codes, self.held = self.network.quantize(self.held[:ready]), self.held[ready:]
+        return codes
+
+    def finish(self) -> np.ndarray:
+        return self.network.quantize(np.concatenate([self.held, self.latents.finish()]))

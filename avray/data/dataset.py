@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from avray.config import DataSettings, from_mapping
-from avray.data.demo import ensure_demo
 from avray.data.manifest import Manifest, load_manifest
 from avray.data.plan import Plan, plan_split
-from avray.data.splits import assign_splits
+from avray.data.splits import SplitChoice, assign_splits, choose_split
 from avray.data.store import Store
 from avray.errors import DataError
 from avray.family import Family, Row
@@ -24,6 +23,7 @@ class Dataset:
     manifest: Manifest
     rows: list[Row]
     limits: Limits
+    choice: SplitChoice
     plans: Mapping[str, Plan] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
@@ -38,12 +38,14 @@ def data_path(data: DataSettings) -> str:
     """``data.path``, or the demo set, made on first use."""
     if data.path is not None:
         return data.path
+    from avray.data.demo import ensure_demo
+
     assert data.demo_dir is not None
     return str(Path(ensure_demo(data.demo_dir, minutes=data.demo_minutes, seed=0).folder) / "audio")
 
 
-def read_rows(data: DataSettings) -> Dataset:
-    """Rows read, probed and split. DataError where there are none."""
+def read_rows(data: DataSettings, segment_s: float = 2.0) -> Dataset:
+    """Rows read, probed and split; a held-out span has room for two segments. DataError where there are none."""
     limits = read_limits(data)
     path = data_path(data)
     manifest = load_manifest(path, texts=data.texts, format=data.format, allowed_roots=data.allowed_roots, limits=limits,
@@ -51,9 +53,12 @@ def read_rows(data: DataSettings) -> Dataset:
     if not manifest.rows:
         reason = f"; the first of {len(manifest.rejects)} rejects: {manifest.rejects[0].reason}" if manifest.rejects else ""
         raise DataError(f"{path} holds no recording that can be used{reason}.")
+    span_s = 2 * segment_s
+    choice = choose_split(manifest.rows, validation_fraction=data.validation_fraction, by=data.split_by,
+                          guard_s=data.guard_s, span_s=span_s, holdout_groups=data.holdout_groups)
     rows = assign_splits(manifest.rows, validation_fraction=data.validation_fraction, seed=data.split_seed,
-                         by=data.split_by, guard_s=data.guard_s, holdout_groups=data.holdout_groups)
-    return Dataset(manifest, rows, limits)
+                         by=data.split_by, guard_s=data.guard_s, span_s=span_s, holdout_groups=data.holdout_groups)
+    return Dataset(manifest, rows, limits, choice)
 
 
 def open_dataset(family: Family, data: DataSettings, rejects_path: Path | None = None) -> Dataset:
@@ -61,14 +66,14 @@ def open_dataset(family: Family, data: DataSettings, rejects_path: Path | None =
 
     Writes ``rejects.jsonl`` where asked; DataError when more than ``data.max_reject_fraction`` of the rows are bad.
     """
-    dataset = read_rows(data)
+    dataset = read_rows(data, family.segment_s)
     if rejects_path is not None:
         dataset.manifest.write_rejects(rejects_path)
     dataset.manifest.enforce(data.max_reject_fraction, rejects_path)
     splits = sorted({row["split"] for row in dataset.rows})
     plans = {split: plan_split(family, dataset.rows, split, shard_examples=data.shard_examples,
                                shard_seconds=data.shard_seconds) for split in splits}
-    return Dataset(dataset.manifest, dataset.rows, dataset.limits, plans)
+    return replace(dataset, plans=plans)
 
 
 def memo_path(data: DataSettings) -> str | None:

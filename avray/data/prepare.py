@@ -14,7 +14,7 @@ import numpy as np
 
 from avray.config import DataSettings, PrepareSettings
 from avray.data.cache import Cache
-from avray.data.check import describe, report_text
+from avray.data.check import describe, render
 from avray.data.cluster import Needs, start_ray
 from avray.data.dataset import Dataset, open_dataset, read_rows
 from avray.data.plan import Plan
@@ -88,11 +88,11 @@ def prepare_all(settings: PrepareSettings, family: Family) -> str:
 
 def check(settings: PrepareSettings) -> str:
     """Print what the data set holds; encode nothing."""
-    dataset = read_rows(settings.data)
+    dataset = read_rows(settings.data, settings.family.get("segment_s", 2.0))
     run_dir = Path(settings.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    described = describe(dataset.manifest, dataset.rows)
-    print(report_text(described))
+    described = describe(dataset.manifest, dataset.rows, dataset.choice)
+    print(render(described))
     dataset.manifest.write_rejects(run_dir / "rejects.jsonl")
     Store(str(run_dir)).write("summary.json", json.dumps(described, indent=2).encode())
     dataset.manifest.enforce(settings.data.max_reject_fraction, run_dir / "rejects.jsonl")

@@ -51,6 +51,7 @@ class Watch:
         self.asked = questions(job.family, job.validation, job.settings.trainer.num_samples)
         self.sampling: list[ray.ObjectRef] = []
         self.failed_samples: list[str] = []
+        self.outcome: dict[str, Any] | None = None
 
     @contextlib.contextmanager
     def following(self, board: Any) -> Iterator[None]:
@@ -78,6 +79,8 @@ class Watch:
             if kind == "progress" and self.line is not None:
                 assert isinstance(content, Progress)
                 self.line.update(content)
+            elif kind == "outcome":
+                self.outcome = content
             elif kind == "sample":
                 checkpoint, step = content
                 self.sample(checkpoint, step)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from avray import __version__
 from avray.data.cache import Cache
 from avray.data.prepare import enforce, write_lost
 from avray.data.store import Store
@@ -36,7 +37,7 @@ def write_summary(job: Job, outcome: Mapping[str, Any], rows: Mapping[str, int],
         "waiting_for_data": outcome["waiting"],
         "stopped_early": outcome["stopped_early"],
         "device": job.settings.trainer.device_name,
-        "versions": {"python": platform.python_version(), "avray": version("avray"),
+        "versions": {"python": platform.python_version(), "avray": __version__,
                      **{name: version(name) for name in VERSIONS}},
         **(extra or {}),
     }

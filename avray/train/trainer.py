@@ -57,7 +57,7 @@ def train(settings: TrainSettings, family: Family) -> dict[str, Any]:
               family_settings(family), prepared.dataset.counts())
     job.train_order.check_workers(settings.trainer.num_workers, settings.trainer.accumulate)
     watch = Watch(job)
-    outcome = fit(job, prepared.columns, prepared.dataset.limits, watch)["outcome"]
+    outcome = fit(job, prepared.columns, prepared.dataset.limits, watch)
     watch.finish()
     extra = held_out(job, prepared) | ({"memory_bytes": memory_needed(job).as_figures()} if settings.dry_run else {})
     rows = rejected_rows(job, Cache(settings.data.cache), run_dir / "rejects.jsonl")
@@ -111,7 +111,7 @@ def needs(settings: TrainSettings, pools: int, trials: int = 1) -> Needs:
 
 
 def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mapping[str, Any]:
-    """Run the workers; returns rank 0's last figures."""
+    """Run the workers; returns rank 0's outcome."""
     settings, trainer = job.settings, job.settings.trainer
     run_dir = Path(settings.run.dir)
     cache = Cache(settings.data.cache)
@@ -122,7 +122,7 @@ def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mappin
     datasets = {"train": lambda: first_blocks(ray.get(reference), limits)} if streaming else {}
     with watch.following(board):
         try:
-            result = TorchTrainer(
+            TorchTrainer(
                 work,
                 train_loop_config={"job": reference, "board": board, "streaming": streaming},
                 scaling_config=ScalingConfig(num_workers=trainer.num_workers, use_gpu=trainer.use_gpu,
@@ -136,8 +136,8 @@ def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mappin
             ).fit()
         except ray.train.TrainingFailedError as error:
             raise explained(error) from error
-    assert result.metrics is not None
-    return result.metrics
+    assert watch.outcome is not None, "rank 0 says what came of it before the group ends"
+    return watch.outcome
 
 
 def first_blocks(job: Job, limits: Limits) -> ray.data.Dataset:

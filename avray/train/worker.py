@@ -22,7 +22,7 @@ from avray.train.parallel import agreed
 
 
 def work(config: dict[str, Any]) -> None:
-    """One rank's run. The last thing it reports is the outcome."""
+    """One rank's run; rank 0 tells the board what came of it (Ray keeps the metrics of reports with checkpoints alone)."""
     job: Job = ray.get(config["job"])
     board = config["board"]
     context = ray.train.get_context()
@@ -56,7 +56,8 @@ def work(config: dict[str, Any]) -> None:
         loggers=loggers,
     )
     outcome = Loop(job, place).run()
-    report({"outcome": dataclasses.asdict(outcome)})
+    if rank == 0:
+        ray.get(board.tell.remote("outcome", dataclasses.asdict(outcome)))
 
 
 def report(figures: Mapping[str, Any]) -> None:

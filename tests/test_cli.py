@@ -186,13 +186,14 @@ def test_the_examples_in_help_compose(command: cli.Command) -> None:
 def test_config_dir_brings_groups_and_objects(toy, tmp_path: Path) -> None:
     mine = tmp_path / "mine" / "family"
     mine.mkdir(parents=True)
-    (mine / "own.yaml").write_text("name: own\n_target_: own_module.Own\ncodec: ${codec}\nsegment_s: 1\n")
-    done = toy("--config-dir", "mine", "family=own", "family.segment_s=7")
-    family = json.loads(done.stdout)["family"]
-    assert family == {"name": "own", "_target_": "own_module.Own", "codec": {"name": "spectral"}, "segment_s": 7}
-    assert "own" in toy("--help", "--config-dir", "mine").stdout
-    failed = toy("--config-dir", "mine", "family=owm").stderr
-    assert "choose one of " in failed and "own" in failed
+    (mine / "bell.yaml").write_text("name: own\n_target_: own_module.Own\ncodec: ${codec}\nsegment_s: 1\n")
+    done = toy("--config-dir", "mine", "family=bell", "family.segment_s=7")
+    settings = json.loads(done.stdout)
+    assert settings["family"] == {"name": "bell", "_target_": "own_module.Own", "codec": settings["codec"],
+                                  "segment_s": 7}
+    assert "bell" in toy("--help", "--config-dir", "mine").stdout
+    failed = toy("--config-dir", "mine", "family=bel").stderr
+    assert "choose one of " in failed and "bell" in failed
     assert json.loads(toy("family._target_=own_module.Own").stdout)["family"]["_target_"] == "own_module.Own"
 
 

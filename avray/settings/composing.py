@@ -118,19 +118,21 @@ def rewrite(settings: type, overrides: Sequence[str], multirun: bool = False) ->
 
     Free text (``prompt=a bell, then (softly) drums``, paths with blanks or brackets) is quoted for him, except under
     ``--multirun``, where a comma separates jobs. ``x._target_=`` and keys of a free mapping (``data.limits.…``) need
-    no ``++``; a family and a codec list their keys in YAML, so there an unknown one stays an error.
+    no ``++``. A family and a codec list their keys in YAML, where an unknown one is an error, unless they have a
+    ``_target_``.
     """
-    return [_rewrite_one(settings, override, multirun) for override in overrides]
+    closed = {group for group in BUILT if not any(override.startswith(f"{group}._target_=") for override in overrides)}
+    return [_rewrite_one(settings, override, closed, multirun) for override in overrides]
 
 
-def _rewrite_one(settings: type, override: str, multirun: bool) -> str:
+def _rewrite_one(settings: type, override: str, closed: set[str], multirun: bool) -> str:
     match = re.fullmatch(r"([\w.]+)=(.*)", override, re.DOTALL)
     if match is None:
         return override
     key, value = match.groups()
     hint = hint_of(settings, key)
     group = key.partition(".")[0]
-    if key.endswith("._target_") or ("." in key and group not in BUILT and (hint is Any or is_mapping(hint))):
+    if key.endswith("._target_") or ("." in key and group not in closed and (hint is Any or is_mapping(hint))):
         return f"++{override}"
     is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     if multirun or not value or value == "null" or is_quoted or "${" in value or not is_text(hint):

@@ -22,7 +22,7 @@ _FLAGS = """\
   --hydra-help           Hydra's other flags"""
 
 _OWN_CODE = """\
-  family._target_=mypackage.MyFamily takes a class of yours (so do codec._target_ and trainer.hooks).
+  family=own family._target_=mypackage.MyFamily family.width=64 takes a class of yours, as trainer.hooks does.
   AVRAY_DEBUG=1 shows the traceback behind an error, AVRAY_CACHE says where encoded data goes.
   Exit codes: 0 done, 2 bad settings, 3 bad data, 4 missing weights or tool, 5 training failed, 130 interrupted."""
 

@@ -71,7 +71,7 @@ def audio_blocks(path: str, file: BinaryIO, info: AudioInfo, first: int, block: 
 
 
 def video_header(path: str, file: BinaryIO, kind: str) -> VideoInfo:
-    """DataError where there are no pictures, or no saying how many."""
+    """DataError where there are no pictures."""
     if kind not in ("mp4", "matroska"):
         raise DataError(f"{path} has no pictures in it.")
     with _open(file, kind) as container:
@@ -79,8 +79,5 @@ def video_header(path: str, file: BinaryIO, kind: str) -> VideoInfo:
         size = stream.codec_context
         rate = float(stream.average_rate or 0)
         seconds = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / av.time_base
-        info = VideoInfo(stream.frames or round(seconds * rate), size.width, size.height, rate, seconds,
+        return VideoInfo(stream.frames or round(seconds * rate), size.width, size.height, rate, seconds,
                          bool(container.streams.audio))
-    if not min(info.num_frames, info.frame_rate_hz, info.duration_s, info.width, info.height) > 0:
-        raise DataError(f"{path} holds no pictures, or does not say how many.")
-    return info

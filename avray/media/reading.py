@@ -45,9 +45,7 @@ def probe_video(path: str, limits: Limits | None = None) -> VideoInfo:
     limits = limits or Limits()
     with opened(path, limits) as file:
         info = container.video_header(path, file, kind_of(path, file))
-    if info.duration_s > limits.max_seconds or info.width * info.height > limits.max_pixels:
-        raise DataError(f"{path} claims {info.duration_s:,.0f} s of {info.width} x {info.height} pictures, over the "
-                        f"limit of {limits.max_seconds:,.0f} s and {limits.max_pixels:,} pixels (data.limits).")
+    limits.check_video(path, info)
     return info
 
 
@@ -113,14 +111,7 @@ def _header(path: str, file: BinaryIO, limits: Limits) -> AudioInfo:
         with sf.SoundFile(file) as sound:
             info = AudioInfo(sound.frames, sound.samplerate, sound.channels, kind)
     file.seek(0)
-    if info.num_frames <= 0:
-        raise DataError(f"{path} holds no samples.")
-    if not 0 < info.sample_rate_hz <= limits.max_sample_rate_hz or not 0 < info.channels <= limits.max_channels:
-        raise DataError(f"{path} claims {info.channels} channels at {info.sample_rate_hz:,} Hz, over the limit of "
-                        f"{limits.max_channels} at {limits.max_sample_rate_hz:,} Hz (data.limits).")
-    if info.duration_s > limits.max_seconds:
-        raise DataError(f"{path} claims {info.duration_s:,.0f} s, over the limit of {limits.max_seconds:,.0f} s "
-                        "(data.limits.max_seconds).")
+    limits.check_audio(path, info)
     return info
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from avray.errors import DataError
+
 
 @dataclass(frozen=True)
 class Audio:
@@ -49,6 +51,25 @@ class Limits:
         for field in fields(self):
             if not getattr(self, field.name) > 0:
                 raise ValueError(f"data.limits.{field.name} must be above 0, not {getattr(self, field.name)}.")
+
+    def check_audio(self, path: str, info: AudioInfo) -> None:
+        """DataError for a header that claims nothing, or too much."""
+        if info.num_frames <= 0:
+            raise DataError(f"{path} holds no samples.")
+        if not 0 < info.sample_rate_hz <= self.max_sample_rate_hz or not 0 < info.channels <= self.max_channels:
+            raise DataError(f"{path} claims {info.channels} channels at {info.sample_rate_hz:,} Hz, over the limit of "
+                            f"{self.max_channels} at {self.max_sample_rate_hz:,} Hz (data.limits).")
+        if info.duration_s > self.max_seconds:
+            raise DataError(f"{path} claims {info.duration_s:,.0f} s, over the limit of {self.max_seconds:,.0f} s "
+                            "(data.limits.max_seconds).")
+
+    def check_video(self, path: str, info: VideoInfo) -> None:
+        """DataError for a header that claims nothing, or too much."""
+        if not min(info.num_frames, info.frame_rate_hz, info.duration_s, info.width, info.height) > 0:
+            raise DataError(f"{path} holds no pictures, or does not say how many.")
+        if info.duration_s > self.max_seconds or info.width * info.height > self.max_pixels:
+            raise DataError(f"{path} claims {info.duration_s:,.0f} s of {info.width} x {info.height} pictures, over "
+                            f"the limit of {self.max_seconds:,.0f} s and {self.max_pixels:,} pixels (data.limits).")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def write_video(path: str | os.PathLike[str], video: Video) -> None:
         for frame in video.frames:
             container.mux(pictures.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(pictures.encode())
-        if video.audio:
+        if video.audio and sound:
             samples = np.clip(np.ascontiguousarray(video.audio.samples, dtype=np.float32), -1.0, 1.0)
             whole = av.AudioFrame.from_ndarray(samples, format="fltp", layout=sound.layout.name)
             whole.sample_rate, whole.time_base = video.audio.sample_rate_hz, Fraction(1, video.audio.sample_rate_hz)

@@ -31,7 +31,7 @@ def _first(path: str, streams: Any, what: str) -> Any:
 
 
 def audio_header(path: str, file: BinaryIO, kind: str) -> AudioInfo:
-    """MP4 says how long its sound is; the others' packets are counted, without decoding (an hour of MP3: 0.5 s)."""
+    """MP4 says how long its sound is; the others' packets are counted, without decoding (an hour of MP3: about 1 s)."""
     with _open(file, kind) as container:
         stream = _first(path, container.streams.audio, "sound")
         rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels

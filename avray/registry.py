@@ -42,13 +42,14 @@ def register(name: str, family: type) -> None:
 
 
 def register_target(path: str) -> str:
-    """Import and register the class at a dotted path a person gave as ``family._target_``; returns its name, which is
-    the class's own. ValueError where there is none."""
+    """Import the class at a dotted path, as a person gives it in ``family._target_``, and register it by its own name;
+    returns the name. ValueError where there is no such class."""
     family = import_target(path, "family._target_")
-    name = getattr(family, "__name__", path)
-    if family not in [_load(spec) for known, spec in _specs().items() if known == _name_of(family)]:
+    name = _name_of(family)
+    if name is None:
+        name = family.__name__
         register(name, family)
-    return _name_of(family) or name
+    return name
 
 
 def family_class(name: str) -> type:
@@ -57,8 +58,9 @@ def family_class(name: str) -> type:
     if name in _registered:
         return _registered[name]
     if name not in specs:
-        raise ValueError(f"family.name={name} is not known{did_you_mean(name, {*specs, *_registered})} A class of one's own "
-                         "is given as family._target_=package.Class.")
+        hint = did_you_mean(name, {*specs, *_registered})
+        raise ValueError(f"family.name={name} is not known{hint} A class of one's own is given as family=own "
+                         "family._target_=package.Class.")
     return _load(specs[name])
 
 
@@ -72,6 +74,8 @@ def family_from_settings(settings: Mapping[str, Any]) -> Family:
     name, target = given.pop("name", None), given.pop("_target_", None)
     if target is not None:
         name = register_target(target)
+        if "codec" not in {field.name for field in dataclasses.fields(family_class(name))}:
+            given.pop("codec", None)  # which the command line always offers
     if name is None:
         known = ", ".join(sorted({*_specs(), *_registered}))
         raise ValueError(f"family.name is missing: give one of {known}, or family._target_ for a class of your own.")
@@ -88,11 +92,11 @@ def family_settings(family: Family) -> dict[str, Any]:
     """
     name = _name_of(type(family))
     if name is None:
-        raise ValueError(f"{type(family).__name__} has no name to be found by again: call avray.registry.register first.")
+        raise ValueError(f"{type(family).__name__} has no name to be found by again: call avray.registry.register.")
     settings = {**_plain(family), "name": name}
     if family_from_settings(settings) != family:
-        raise ValueError(f"The settings of family {name} do not build it again: each must be a plain value or a dataclass "
-                         "of plain values, and a codec one that codec= takes.")
+        raise ValueError(f"The settings of family {name} do not build it again: each must be a plain value or a "
+                         "dataclass of plain values, and a codec one that codec= takes.")
     return settings
 
 

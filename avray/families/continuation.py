@@ -1,0 +1,347 @@
+"""What comes next, in a codec's continuous latents: a transformer that maps one segment of sound to the next.
+
+Every output frame is predicted from the whole input segment at once, so a segment costs one forward pass; longer
+continuations chain segments, each made from the one before. With its preset this is the original's model to the
+number (859,520 parameters). Its squared error predicts the mean, so the output is quieter and smoother than music is.
+
+``normalise`` is ours, and costs no parameters. The original feeds latents as they are, which suits EnCodec's (around 0)
+and not log-mel frames (around -8): there ``change`` takes the fitted mean and scale off the input, and lets the model
+say how the next segment differs from the input's mean frame, at first by nothing. On two songs, 16 s spans held out,
+the loss after 240 steps was XX of the best baseline's against XX with ``none``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from avray.codecs.base import Codec, CodecConfig, Latents
+from avray.family import (
+    Batch,
+    Column,
+    Example,
+    Fitted,
+    Metric,
+    Modality,
+    Options,
+    Piece,
+    Prompt,
+    Question,
+    Request,
+    Row,
+    Unit,
+)
+from avray.media import Audio
+from avray.metrics.accumulators import audio_metrics
+from avray.nn.encoder import Encoder, dropout, sinusoidal_positions
+
+Normalise = Literal["none", "scale", "change"]
+INPUT, OUTPUT, LATENTS = "input", "output", "latents"
+MIN_PROMPT_S = 0.1
+GRID_S = 0.08
+"""Segments begin on multiples of this: whole frames at 12.5, 25, 50, 75 and 100 a second."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    codec: CodecConfig
+    segment_s: float = 16.0
+    """Seconds of input, and of output."""
+    num_layers: int = 4
+    num_heads: int = 8
+    feed_forward: int = 512
+    dropout: float = 0.1
+    max_pairs_per_song: int | None = 10
+    """Spread over the recording; None: all."""
+    head: str = "mse"
+    normalise: Normalise = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("segment_s", "num_layers", "num_heads", "feed_forward", "max_pairs_per_song"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"family.{name} must be above 0, got {value}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"family.dropout must be from 0 to below 1, got {self.dropout}.")
+        if self.head != "mse":
+            raise ValueError(f"family.head must be mse, the only one there is, got {self.head!r}.")
+        if self.normalise not in get_args(Normalise):
+            raise ValueError(f"family.normalise must be one of none, scale, change, got {self.normalise!r}.")
+
+    # Data
+
+    def segment(self, rows: Sequence[Row]) -> list[Example]:
+        """Pairs of consecutive, non-overlapping segments, at most ``max_pairs_per_song`` of a recording. A row with
+        ``target_audio`` is one pair: the end of its ``audio``, and as much from the start of the other."""
+        pairs: list[Example] = []
+        for row in rows:
+            if row.get("audio"):
+                pairs += [self._given_pair(row)] if row.get("target_audio") else self._pairs(row)
+        most = self.max_pairs_per_song or len(pairs)
+        if len(pairs) <= most:
+            return pairs
+        return [pairs[i] for i in np.linspace(0, len(pairs) - 1, most).round().astype(int)]
+
+    def _pairs(self, row: Row) -> list[Example]:
+        begin, length = row.get("start_s") or 0.0, self.segment_s
+        first = np.ceil(begin / GRID_S - 1e-6) * GRID_S
+        number = int((begin + row["duration_s"] - first) / length + 1e-6)
+        units = [Unit(row["audio"], "audio", round(float(first + i * length), 6), length) for i in range(number)]
+        return [Example(f"{row['id']}@{one.start_s:g}", {INPUT: one, OUTPUT: two}, weight=row.get("weight", 1.0))
+                for one, two in itertools.pairwise(units)]
+
+    def _given_pair(self, row: Row) -> Example:
+        begin, duration = row.get("start_s") or 0.0, row["duration_s"]
+        length = min(self.segment_s, duration)
+        units = {INPUT: Unit(row["audio"], "audio", begin + duration - length, length),
+                 OUTPUT: Unit(row["target_audio"], "audio", 0.0, length)}
+        return Example(str(row["id"]), units, weight=row.get("weight", 1.0))
+
+    def columns(self, fitted: Fitted | None) -> list[Column]:
+        return [Column(LATENTS, Latents(self.codec))]
+
+    def fit(self, rows: Iterator[Row]) -> Fitted:
+        """The latents' mean and standard deviation by channel, and what the codec makes of silence."""
+        codec = self.codec.load("cpu")
+        if codec.width % self.num_heads:
+            raise ValueError(f"family.num_heads = {self.num_heads} must divide the codec's width of {codec.width}.")
+        number, total, squares = 0, np.zeros(codec.width), np.zeros(codec.width)
+        for row in rows:
+            for role in (INPUT, OUTPUT):
+                frames = row[f"{role}.{LATENTS}"].astype(np.float64)
+                number, total, squares = number + len(frames), total + frames.sum(0), squares + (frames**2).sum(0)
+        mean = total / max(number, 1)
+        scale = np.sqrt(np.maximum(squares / max(number, 1) - mean**2, 1e-8))
+        silence = codec.encode_batch([np.zeros(round(self.segment_s * codec.sample_rate_hz), np.float32)])[0]
+        arrays = {"mean": mean, "scale": scale, "silence": silence}
+        return Fitted({name: array.astype(np.float32) for name, array in arrays.items()},
+                      {"codec": self.codec.column_id(), "width": codec.width, "frame_rate_hz": codec.frame_rate_hz})
+
+    def collate(self, rows: Sequence[Row], fitted: Fitted) -> Batch:
+        """``input`` and ``output`` ``[batch, time, width]``, ``weight`` ``[batch, time]`` of each output frame in the
+        loss; and ``valid`` ``[batch, time]``, the frames of the input, only where some row is shorter than the rest.
+        Rows of weight 0 are all zeros. A request has no output, and a weight of 0 in every frame."""
+        width, nominal = fitted.data["width"], round(self.segment_s * fitted.data["frame_rate_hz"])
+        arrays = {role: [row.get(f"{role}.{LATENTS}") if row["weight"] else None for row in rows]
+                  for role in (INPUT, OUTPUT)}
+        lengths = [len(array) for role in arrays.values() for array in role if array is not None]
+        time = max(lengths, default=nominal)
+        tensors = {role: np.zeros((len(rows), time, width), np.float32) for role in arrays}
+        valid, weight = np.zeros((len(rows), time), bool), np.zeros((len(rows), time), np.float32)
+        for index, (row, given, wanted) in enumerate(zip(rows, arrays[INPUT], arrays[OUTPUT], strict=True)):
+            heard = time if given is None else len(given)
+            valid[index, :heard] = True
+            if given is not None:
+                tensors[INPUT][index, :heard] = given
+            if given is not None and wanted is not None:
+                both = min(heard, len(wanted))
+                tensors[OUTPUT][index, :both] = wanted[:both]
+                weight[index, :both] = row["weight"]
+        named = {name: torch.from_numpy(array) for name, array in {**tensors, "weight": weight}.items()}
+        if not valid.all():
+            named["valid"] = torch.from_numpy(valid)
+        counts = {"mse": float(weight.sum(dtype=np.float64)) * width}
+        return Batch(named, counts, [str(row.get("id", "")) for row in rows])
+
+    # Model
+
+    def build(self, fitted: Fitted) -> Predictor:
+        if fitted.data["codec"] != self.codec.column_id():
+            raise ValueError(f"codec = {self.codec.name} ({self.codec.column_id()}), but this model was fitted with "
+                             f"{fitted.data['codec']}: ask for that one, or train anew.")
+        return Predictor(self, fitted)
+
+    def init(self, model: nn.Module, generator: torch.Generator) -> None:
+        """Matrices as Glorot has them, biases 0; the last one 0 too where the model predicts a change."""
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        assert isinstance(model, Predictor)
+        if self.normalise == "change":
+            nn.init.zeros_(model.narrow.weight)
+
+    @property
+    def terms(self) -> Mapping[str, float]:
+        return {"mse": 1.0}
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        predicted = model(batch[INPUT], batch.tensors.get("valid"))
+        return {"mse": squared_error(predicted, batch)}
+
+    def baselines(self, batch: Batch, fitted: Fitted) -> dict[str, dict[str, Tensor]]:
+        """The input again, its mean frame, and silence."""
+        given = batch[INPUT]
+        silence = torch.from_numpy(fitted.arrays["silence"]).to(given.device)
+        at = torch.arange(given.shape[1], device=given.device).clamp(max=len(silence) - 1)
+        guesses = {"repeat": given, "mean": mean_frame(given, batch.tensors.get("valid")).expand_as(given),
+                   "silence": silence[at].expand_as(given)}
+        return {name: {"mse": squared_error(guess, batch)} for name, guess in guesses.items()}
+
+    # Generation
+
+    def question(self, example: Example) -> Question:
+        answer = example.units[OUTPUT]
+        return Question(prompt=example.units[INPUT], target=answer, seconds=answer.duration_s)
+
+    def prompt(self, request: Request) -> Prompt:
+        """Audio to continue, at any rate; nothing before its last segment and the codec's warm-up is looked at."""
+        for name in ("text", "video", "task"):
+            if getattr(request, name):
+                raise ValueError(f"{name} has no meaning for this model; it takes audio.")
+        audio = request.audio
+        if audio is None:
+            raise ValueError("audio is missing: this model continues a recording.")
+        if audio.seconds < MIN_PROMPT_S:
+            raise ValueError(f"audio holds {audio.seconds:.3g} s: this model continues at least {MIN_PROMPT_S:g} s.")
+        self._num_frames(request.options, 1.0)
+        [column] = self.columns(None)
+        kept = int((self.segment_s + column.context_s) * audio.sample_rate_hz)
+        return Prompt({INPUT: Audio(audio.samples[:, -kept:], audio.sample_rate_hz)})
+
+    def _num_frames(self, options: Options, frame_rate_hz: float) -> int:
+        options.allow("seconds")
+        seconds = self.segment_s if options.seconds is None else options.seconds
+        if not 0 < seconds < float("inf"):
+            raise ValueError(f"seconds must be above 0 and finite, got {seconds}.")
+        return max(1, round(seconds * frame_rate_hz))
+
+    def sampler(self, model: nn.Module, fitted: Fitted, slots: int) -> WindowSampler:
+        rate = fitted.data["frame_rate_hz"]
+        wanted = functools.partial(self._num_frames, frame_rate_hz=rate)
+        return WindowSampler(model, slots, round(self.segment_s * rate), wanted)
+
+    def renderer(self, fitted: Fitted, device: torch.device | str) -> LatentsRenderer:
+        return LatentsRenderer(self.codec.load(device))
+
+    def metrics(self) -> dict[str, Callable[[], Metric]]:
+        return audio_metrics()
+
+
+class Predictor(nn.Module):
+    """LayerNorm, positions, encoder, LayerNorm, and two linear layers."""
+
+    def __init__(self, config: Continuation, fitted: Fitted) -> None:
+        super().__init__()
+        width = fitted.data["width"]
+        self.dropout, self.normalise = config.dropout, config.normalise
+        self.norm = nn.LayerNorm(width)
+        self.encoder = Encoder(width, config.num_layers, config.num_heads, config.feed_forward, config.dropout)
+        self.out_norm = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, 2 * width)
+        self.narrow = nn.Linear(2 * width, width)
+        self.mean, self.scale = (torch.from_numpy(fitted.arrays[name]) for name in ("mean", "scale"))
+
+    def forward(self, frames: Float[Tensor, "batch time width"],
+                valid: Bool[Tensor, "batch time"] | None = None) -> Float[Tensor, "batch time width"]:
+        """The segment that follows ``frames``, of the same length; both in the codec's own latents."""
+        mean, scale = (tensor.to(frames.device) for tensor in (self.mean, self.scale))
+        if self.normalise == "none":
+            return self.predict(frames, valid)
+        predicted = self.predict((frames - mean) / scale, valid) * scale
+        return predicted + (mean_frame(frames, valid) if self.normalise == "change" else mean)
+
+    def predict(self, frames: Tensor, valid: Tensor | None) -> Tensor:
+        frames = self.norm(frames) + sinusoidal_positions(frames.shape[1], frames.shape[2], frames.device)
+        frames = self.out_norm(self.encoder(frames, valid))
+        hidden = dropout(nn.functional.gelu(self.widen(frames)), self.dropout if self.training else 0.0)
+        return self.narrow(hidden)
+
+
+def mean_frame(frames: Float[Tensor, "batch time width"],
+               valid: Bool[Tensor, "batch time"] | None) -> Float[Tensor, "batch 1 width"]:
+    if valid is None:
+        return frames.mean(1, keepdim=True)
+    return (frames * valid[..., None]).sum(1, keepdim=True) / valid.sum(1)[:, None, None]
+
+
+def squared_error(predicted: Float[Tensor, "batch time width"], batch: Batch) -> Float[Tensor, ""]:
+    """Summed over channels and over frames by their weight, in float32 whatever the precision."""
+    return ((predicted.float() - batch[OUTPUT]).square().sum(-1) * batch["weight"]).sum()
+
+
+@dataclass
+class _Slot:
+    window: Float[Tensor, "time width"]
+    left: int
+    """Frames still to be made."""
+
+
+class WindowSampler:
+    """A ``Sampler`` whose step makes one segment for each busy slot, from the one before; a piece is latents
+    ``[time, width]``. Every step runs all slots at the full segment's length, so that a slot's frames are the same
+    bits whatever the others do; a shorter prompt is continued in steps of its own length."""
+
+    def __init__(self, model: nn.Module, slots: int, num_frames: int, wanted: Callable[[Options], int]) -> None:
+        self.model, self.slots, self.num_frames, self.wanted = model.eval(), slots, num_frames, wanted
+        self.device = next(model.parameters()).device
+        self.busy: dict[int, _Slot] = {}
+
+    def admit(self, slots: Sequence[int], batch: Batch, seeds: Sequence[int], options: Sequence[Options]) -> None:
+        for row, slot in enumerate(slots):
+            assert slot not in self.busy, f"slot {slot} is busy"
+            valid = batch.tensors.get("valid")
+            frames = batch[INPUT][row] if valid is None else batch[INPUT][row, valid[row]]
+            self.busy[slot] = _Slot(frames[-self.num_frames :].to(self.device), self.wanted(options[row]))
+
+    def drop(self, slot: int) -> None:
+        self.busy.pop(slot, None)
+
+    @torch.inference_mode()
+    def step(self) -> list[Piece]:
+        if not self.busy:
+            return []
+        width = next(iter(self.busy.values())).window.shape[1]
+        frames = torch.zeros(self.slots, self.num_frames, width, device=self.device)
+        valid = torch.ones(self.slots, self.num_frames, dtype=torch.bool, device=self.device)
+        for index, slot in self.busy.items():
+            frames[index, : len(slot.window)] = slot.window
+            valid[index, len(slot.window) :] = False
+        predicted = self.model(frames, valid)
+        pieces = []
+        for index, slot in list(self.busy.items()):
+            slot.window = predicted[index, : len(slot.window)]
+            made = slot.window[: slot.left]
+            slot.left -= len(made)
+            pieces.append(Piece(index, made.float().cpu().numpy(), slot.left == 0))
+            if slot.left == 0:
+                self.drop(index)
+        return pieces
+
+
+@dataclass(frozen=True)
+class LatentsRenderer:
+    """Latents to sound, through the codec's only decoder."""
+
+    codec: Codec
+    modality: Modality = "audio"
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.codec.sample_rate_hz
+
+    def open(self) -> LatentsRender:
+        return LatentsRender(self.codec.decoder())
+
+
+@dataclass
+class LatentsRender:
+    """One request's: latents ``[time, width]`` in, samples ``[1, n]`` out."""
+
+    decoder: Any
+
+    def push(self, data: np.ndarray) -> np.ndarray:
+        return self.decoder.push(data)[None]
+
+    def finish(self) -> np.ndarray:
+        return self.decoder.finish()[None]

@@ -186,7 +186,7 @@ def test_the_examples_in_help_compose(command: cli.Command) -> None:
 def test_config_dir_brings_groups_and_objects(toy, tmp_path: Path) -> None:
     mine = tmp_path / "mine" / "family"
     mine.mkdir(parents=True)
-    (mine / "bell.yaml").write_text("name: own\n_target_: own_module.Own\ncodec: ${codec}\nsegment_s: 1\n")
+    (mine / "bell.yaml").write_text("name: bell\n_target_: own_module.Own\ncodec: ${codec}\nsegment_s: 1\n")
     done = toy("--config-dir", "mine", "family=bell", "family.segment_s=7")
     settings = json.loads(done.stdout)
     assert settings["family"] == {"name": "bell", "_target_": "own_module.Own", "codec": settings["codec"],

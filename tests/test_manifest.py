@@ -345,6 +345,15 @@ def test_links_out_of_a_folder_are_rejected(tmp_path: Path) -> None:
     assert all("outside" in reject.reason for reject in manifest.rejects)
 
 
+def test_a_folder_of_data_sets_is_not_stripped_of_their_texts(tmp_path: Path) -> None:
+    sound(tmp_path / "audio/a.wav")
+    jsonl(tmp_path / "audio/metadata.jsonl", {"file_name": "a.wav", "text": "a bell"})
+    assert load_manifest(tmp_path / "audio").rows[0]["text"] == "a bell"
+    with pytest.raises(DataError, match=r"audio/metadata\.jsonl.*data\.format=folder"):
+        load_manifest(tmp_path)
+    assert len(load_manifest(tmp_path, format="folder").rows) == 1
+
+
 # Parquet that carries code ----------------------------------------------------------------------------------------
 
 class Bomb:

@@ -14,6 +14,9 @@ from avray.data.splits import SplitChoice
 from avray.family import Row
 
 
+_FIELDS = ("audio", "target_audio", "video", "text", "output", "embedding")
+
+
 def describe(manifest: Manifest, rows: Sequence[Row] | None = None,
              choice: SplitChoice | None = None) -> dict[str, Any]:
     """A data set's figures, fit for JSON. ``rows`` are the manifest's with their splits, ``choice`` says how they came
@@ -25,8 +28,7 @@ def describe(manifest: Manifest, rows: Sequence[Row] | None = None,
         "hours": _hours(manifest.rows),
         "longest_s": max((row.get("duration_s", 0.0) for row in manifest.rows), default=0.0),
         "groups": len({row["group"] for row in manifest.rows}),
-        "fields": _counts(name for row in manifest.rows
-                          for name in ("audio", "target_audio", "video", "text", "task", "embedding") if row.get(name)),
+        "fields": _counts(name for row in manifest.rows for name in _FIELDS if row.get(name)),
         "tasks": _counts(row["task"] for row in manifest.rows if row.get("task")),
         "sample_rates_hz": _counts(row["sample_rate_hz"] for row in manifest.rows if "sample_rate_hz" in row),
         "channels": _counts(row["channels"] for row in manifest.rows if "channels" in row),

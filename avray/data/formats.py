@@ -74,6 +74,9 @@ def detect(source: Source) -> tuple[str, Source]:
         return "librispeech", Source(source.store, transcripts)
     if any(map(_PAIR.fullmatch, source.media)):
         return "pairs", source
+    if nested := [name for name in source.files if _MANIFEST.fullmatch(posixpath.basename(name))]:
+        raise DataError(f"{source.store.root} holds data sets in folders ({', '.join(nested[:3])}): give data.path one "
+                        "of them, or set data.format=folder to read the recordings without their texts.")
     if source.media:
         return "folder", source
     if tables := tuple(name for name in source.files if name.endswith(".parquet")):

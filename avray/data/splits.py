@@ -97,6 +97,8 @@ def choose_split(
             raise ValueError(f"No recording is long enough to hold out {span_s:g} s with guards of {guard_s:g} s on "
                              "both sides; set data.split_by=group or a smaller data.guard_s.")
         return SplitChoice("span", "asked for")
+    if not free:
+        return SplitChoice("group", "given by the data")
     if num_groups >= MIN_GROUPS:
         return SplitChoice("group", f"{num_groups} groups")
     if not can_cut:

@@ -13,7 +13,6 @@ from avray.data.manifest import Manifest, count_reasons, where
 from avray.data.splits import SplitChoice
 from avray.family import Row
 
-
 _FIELDS = ("audio", "target_audio", "video", "text", "output", "embedding")
 
 

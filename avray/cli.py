@@ -138,7 +138,8 @@ def _run_hydra(main: Callable[[Any], str], command: Command, arguments: list[str
         sys.argv = [own_arguments[0], *composing.with_hydra_choices(overrides + sweep), *flags]
         os.environ["HYDRA_FULL_ERROR"] = "1"
         try:
-            hydra.main(version_base="1.3", config_path=None, config_name=command.name)(job)()
+            # An empty folder: without a path Hydra would search this package, and take avray/checkpoint/ for a group.
+            hydra.main(version_base="1.3", config_path=scratch, config_name=command.name)(job)()
         except (HydraException, OmegaConfBaseException) as error:
             if os.environ.get("AVRAY_DEBUG") == "1":
                 traceback.print_exc()

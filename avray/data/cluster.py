@@ -7,6 +7,7 @@ numbers, not cores), and on someone else's cluster a run that can never be sched
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ def start_ray(needs: Needs, address: str | None, no_progress_timeout_s: float, v
 
     ValueError where the run can never be scheduled.
     """
-    quiet_environment()
+    quiet(verbose)
     if not ray.is_initialized():
         if address is not None or os.environ.get("RAY_ADDRESS"):
             ray.init(address=address or "auto", log_to_driver=verbose)
@@ -69,14 +70,21 @@ def start_ray(needs: Needs, address: str | None, no_progress_timeout_s: float, v
     refusal = needs.refusal(ray.cluster_resources())
     if refusal:
         raise ValueError(refusal)
+    quiet(verbose)  # once more: Ray sets its loggers up when it starts
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_no_progress_timeout_s = no_progress_timeout_s
 
 
-def quiet_environment() -> None:
-    """Before Ray is imported by a worker: no usage report, no workers started ahead of need, no second environment."""
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_DEDUP_LOGS": "1",
-                        "RAY_enable_worker_prestart": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}.items():
+def quiet(verbose: bool) -> None:
+    """No usage report, no workers started ahead of need; Ray's own lines on the terminal only when asked for."""
+    names = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_DEDUP_LOGS": "1",
+             "RAY_enable_worker_prestart": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    if not verbose:
+        # Ray 2.60 complains in C++ of every Data actor that it would restart; the lines stay in its log files.
+        names["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    for name, value in names.items():
         os.environ.setdefault(name, value)

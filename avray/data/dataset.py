@@ -70,9 +70,8 @@ def open_dataset(family: Family, data: DataSettings, rejects_path: Path | None =
     if rejects_path is not None:
         dataset.manifest.write_rejects(rejects_path)
     dataset.manifest.enforce(data.max_reject_fraction, rejects_path)
-    splits = sorted({row["split"] for row in dataset.rows})
     plans = {split: plan_split(family, dataset.rows, split, shard_examples=data.shard_examples,
-                               shard_seconds=data.shard_seconds) for split in splits}
+                               shard_seconds=data.shard_seconds) for split in sorted({row["split"] for row in dataset.rows})}
     return replace(dataset, plans=plans)
 
 

@@ -50,12 +50,7 @@ def reseal(folder: Path, **changes: Any) -> None:
 
 def equal(one: Any, two: Any) -> bool:
     if isinstance(one, torch.Tensor | np.ndarray):
-        return (
-            type(one) is type(two)
-            and one.dtype == two.dtype
-            and one.shape == two.shape
-            and (one == two).all()
-        )
+        return type(one) is type(two) and one.dtype == two.dtype and one.shape == two.shape and (one == two).all()
     if isinstance(one, dict):
         return isinstance(two, dict) and [*one] == [*two] and all(equal(one[key], two[key]) for key in one)
     if isinstance(one, list | tuple):
@@ -122,9 +117,7 @@ def test_every_dtype_and_shape_as_the_library_reads_it(tmp_path: Path) -> None:
             assert other.dtype == tensor.dtype and torch.equal(other.float(), tensor.float()), name
 
 
-def test_the_largest_file_is_not_read_again_to_hash_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_largest_file_is_not_read_again_to_hash_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*given: Any) -> None:
         raise AssertionError("a file was read back")
 
@@ -152,9 +145,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     for other in (Tied(), empty):
         opened.load_into(other)
         assert other.head.weight is other.embedding.weight and other.head.weight.requires_grad
-        assert all(
-            torch.equal(tensor, model.state_dict()[name]) for name, tensor in other.state_dict().items()
-        )
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in other.state_dict().items())
     empty.head.weight.data.add_(1)  # the file is mapped into memory, and must not see this
     assert torch.equal(Checkpoint.open(folder).weights()["head.weight"], model.head.weight)
 
@@ -400,9 +391,7 @@ def test_pruning_keeps_what_it_promises(
     folders = {step: ck.save(run, step, content(trainer=None), links=("last",)) for step in sorted(steps)}
     ck.point(run, "best", folders[best])
     removed = ck.prune(run, keep_last, keep_every, protect=[folders[protected]])
-    expected = {*sorted(steps)[-keep_last:], best, protected} | {
-        s for s in steps if keep_every and s % keep_every == 0
-    }
+    expected = {*sorted(steps)[-keep_last:], best, protected} | {s for s in steps if keep_every and s % keep_every == 0}
     assert {int(path.name[5:]) for path in ck.checkpoints(run)} == expected
     assert {int(path.name[5:]) for path in removed} == steps - expected
     assert len([*(run / "checkpoints").iterdir()]) == len(expected)
@@ -424,9 +413,7 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 def test_an_older_format_is_read(tmp_path: Path) -> None:
-    folder = ck.save(
-        tmp_path, 1, content(trainer={"epoch": 1, "figures": {"validation_loss": 0.5}}, figures={})
-    )
+    folder = ck.save(tmp_path, 1, content(trainer={"epoch": 1, "figures": {"validation_loss": 0.5}}, figures={}))
     reseal(folder, format_version=1)
     assert Checkpoint.open(folder).figures == {"validation_loss": 0.5}
     for name in ("trainer.json", "trainer.safetensors"):
@@ -439,9 +426,7 @@ def test_another_format_is_named(tmp_path: Path, version: int) -> None:
     older = ck.save(tmp_path, 1, content())
     folder = ck.save(tmp_path, 2, content())
     reseal(folder, format_version=version)
-    assert (
-        ck.newest(tmp_path) == folder
-    )  # it is there: going on from an older one unasked would lose its steps
+    assert ck.newest(tmp_path) == folder  # it is there: going on from an older one unasked would lose its steps
     with pytest.raises(CheckpointError, match=rf"format {version}.*upgrade avray.*{older.name}"):
         Checkpoint.open(folder)
 

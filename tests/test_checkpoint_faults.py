@@ -90,9 +90,7 @@ run(sys.argv[1], WAYS[sys.argv[2]])
 
 
 @pytest.fixture(scope="module", params=["foreground", "background", "again"])
-def killed(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, list[Path]]:
+def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]:
     """Runs with two checkpoints and a third on its way, the writer killed before its n-th change to the
     store."""
     root = tmp_path_factory.mktemp(request.param)
@@ -122,16 +120,12 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(killed: tuple[str, list[
         ck.sweep(run)
         names = sorted(path.name for path in run.iterdir())
         assert names == ["best", "checkpoints", "last"]
-        assert sorted((run / "checkpoints").iterdir()) == ck.checkpoints(run), (
-            "something half-written or half-removed"
-        )
+        assert sorted((run / "checkpoints").iterdir()) == ck.checkpoints(run), "something half-written or half-removed"
         newest = ck.newest(run)
         assert newest is not None
         opened = Checkpoint.open(newest)
         assert opened.trainer_state() is not None
-        assert torch.equal(
-            opened.weights("model")["weight"], torch.full((3, 2), opened.figures["validation_loss"])
-        )
+        assert torch.equal(opened.weights("model")["weight"], torch.full((3, 2), opened.figures["validation_loss"]))
         assert Checkpoint.open(run / "last").step in (2, 3)
         outcomes.add((opened.step, opened.figures["validation_loss"]))
         ck.save(run, 4, content(4.0))
@@ -152,9 +146,7 @@ def test_sweeping_leaves_a_living_writer_alone(tmp_path: Path) -> None:
         stale = parent / f"step-00000003.tmp-{there}-7"
         for path in (stale / "model.safetensors", stale):
             os.utime(path, (time.time() - 4000,) * 2)
-        (
-            tmp_path / f"notes.tmp-{here}-{os.getpid()}"
-        ).mkdir()  # not ours: only links stand beside checkpoints/
+        (tmp_path / f"notes.tmp-{here}-{os.getpid()}").mkdir()  # not ours: only links stand beside checkpoints/
         swept = {path.name for path in ck.sweep(tmp_path)}
         living.kill()
     assert swept == {name for name, kept in names.items() if not kept}
@@ -171,9 +163,7 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(
-            CheckpointError, match="Saving .*step-00000002 failed: File too large; raise the limit"
-        ):
+        with pytest.raises(CheckpointError, match="Saving .*step-00000002 failed: File too large; raise the limit"):
             ck.save(tmp_path, 2, content(model={"weight": torch.zeros(1_000_000)}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -182,9 +172,7 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["mkdir", "fsync", "rename", "symlink", "replace"])
-def test_a_full_or_read_only_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
-) -> None:
+def test_a_full_or_read_only_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
     ck.save(tmp_path, 1, content(1.0))
     ck.save(tmp_path, 2, content(2.0))
 
@@ -276,9 +264,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.pt", "model.pt2", "model.bin", "model.ckpt", "model.th", "best", "last.pkl"]
-)
+@pytest.mark.parametrize("name", ["model.pt", "model.pt2", "model.bin", "model.ckpt", "model.th", "best", "last.pkl"])
 @pytest.mark.parametrize("kind", ["pickle", "zip"])
 def test_a_pickle_is_refused_before_it_is_opened(tmp_path: Path, name: str, kind: str) -> None:
     if kind == "pickle":
@@ -323,9 +309,7 @@ def test_a_header_that_lies(tmp_path: Path) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     header_bytes = struct.unpack("<Q", whole[:8])[0]
-    many = json.dumps(
-        {f"{n:040}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(200_000)}
-    )
+    many = json.dumps({f"{n:040}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(200_000)})
     for data in (
         struct.pack("<Q", 2**63) + whole[8:],
         struct.pack("<Q", len(whole)) + whole[8:],
@@ -364,9 +348,7 @@ def test_a_manifest_that_leads_elsewhere(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="manifest.json"):
             Checkpoint.open(folder)
     reseal_files: dict[str, Any] = {"files": [1], "step": 1, "format_version": 2}
-    (folder / "manifest.json").write_text(
-        json.dumps(reseal_files | {"sha256": ck.store.digest(reseal_files)})
-    )
+    (folder / "manifest.json").write_text(json.dumps(reseal_files | {"sha256": ck.store.digest(reseal_files)}))
     with pytest.raises(CheckpointError, match="no manifest of avray"):
         Checkpoint.open(folder)
 

@@ -101,9 +101,7 @@ class Checkpoint:
         them, ``ema`` their average, ``best`` the average where the run kept one."""
         has_average = EMA in self.manifest["files"]
         if which == "ema" and not has_average:
-            raise CheckpointError(
-                f"{self.path} keeps no average of the weights: take its model or best weights."
-            )
+            raise CheckpointError(f"{self.path} keeps no average of the weights: take its model or best weights.")
         return _read_tensors(self.path / (EMA if has_average and which != "model" else "model.safetensors"))
 
     def load_into(self, module: nn.Module, which: Which = "best") -> None:
@@ -141,9 +139,7 @@ class Checkpoint:
             try:
                 store.verify(self.path, self.manifest, TRAINER)
             except CheckpointError as error:
-                raise CheckpointError(
-                    f"{error}{offer(self.path.parent.parent, besides=self.path)}"
-                ) from error
+                raise CheckpointError(f"{error}{offer(self.path.parent.parent, besides=self.path)}") from error
         state: dict[str, Any] = unflatten_state(
             _read_tensors(self.path / TRAINER[0]), read_json(self.path / TRAINER[1])
         )

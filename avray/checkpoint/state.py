@@ -55,10 +55,7 @@ def unflatten_state(tensors: Mapping[str, Tensor], tree: Any) -> Any:
             case "tuple":
                 return tuple(unflatten_state(tensors, value) for value in tree["items"])
             case "dict":
-                return {
-                    unflatten_state(tensors, key): unflatten_state(tensors, value)
-                    for key, value in tree["items"]
-                }
+                return {unflatten_state(tensors, key): unflatten_state(tensors, value) for key, value in tree["items"]}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"trainer.json does not fit trainer.safetensors: {error!r}.") from error
     raise CheckpointError(f"trainer.json holds a {tree['$']!r}, which this avray does not know.")

@@ -123,9 +123,7 @@ def verify(folder: Path, manifest: Mapping[str, Any], names: Iterable[str] | Non
             found = list(pool.map(sha256, names))
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}.") from error
-    damaged = [
-        str(folder / name) for name, sha in zip(names, found, strict=True) if sha != files[name].get("sha256")
-    ]
+    damaged = [str(folder / name) for name, sha in zip(names, found, strict=True) if sha != files[name].get("sha256")]
     if damaged:
         raise CheckpointError(f"{', '.join(damaged)} is damaged: its SHA-256 is not the manifest's.")
 
@@ -218,8 +216,7 @@ def resolve(path: Path | str) -> Path:
         place = best
     if not (place / MANIFEST).is_file():
         raise CheckpointError(
-            f"{place} has no {MANIFEST}, so it is no checkpoint or was never finished."
-            f"{offer(place.parent.parent)}"
+            f"{place} has no {MANIFEST}, so it is no checkpoint or was never finished.{offer(place.parent.parent)}"
         )
     return place.resolve()
 
@@ -236,9 +233,7 @@ def offer(run_dir: Path, besides: Path | None = None) -> str:
 # ── pruning and sweeping ────────────────────────────────────────────────
 
 
-def prune(
-    run_dir: Path | str, keep_last: int, keep_every: int = 0, protect: Iterable[Path] = ()
-) -> list[Path]:
+def prune(run_dir: Path | str, keep_last: int, keep_every: int = 0, protect: Iterable[Path] = ()) -> list[Path]:
     """Remove whole checkpoints but the newest ``keep_last``, those at multiples of ``keep_every`` steps (0:
     none), those that ``best`` and ``last`` lead to and those in ``protect``. Returns what was removed."""
     if keep_last < 1:
@@ -249,8 +244,7 @@ def prune(
     removed = [
         path
         for path in found
-        if path.name not in kept
-        and not (keep_every and int(path.name.removeprefix("step-")) % keep_every == 0)
+        if path.name not in kept and not (keep_every and int(path.name.removeprefix("step-")) % keep_every == 0)
     ]
     for path in removed:
         doomed = beside(path, "tmp")  # renamed first, so that no half of it is ever seen
@@ -271,9 +265,7 @@ def sweep(run_dir: Path | str) -> list[Path]:
     for folder in (run_dir, run_dir / FOLDER):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             match = _LEFTOVER.fullmatch(path.name)
-            is_link = (
-                folder == run_dir
-            )  # the temporary of best or last; no folder beside checkpoints/ is ours
+            is_link = folder == run_dir  # the temporary of best or last; no folder beside checkpoints/ is ours
             if match is None or is_link == _is_folder(path) or _is_alive(path, match):
                 continue
             found.append(path)

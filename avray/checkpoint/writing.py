@@ -128,9 +128,7 @@ def refuse_code(family: Any) -> None:
                 "settings, so register the class and give its name."
             )
         if isinstance(value, str) and "${" in value:
-            raise ValueError(
-                f"{path} holds the interpolation {value!r}: resolve the settings before they are saved."
-            )
+            raise ValueError(f"{path} holds the interpolation {value!r}: resolve the settings before they are saved.")
 
 
 def _files(content: Content) -> dict[str, Iterable[Any]]:
@@ -156,9 +154,7 @@ def _files(content: Content) -> dict[str, Iterable[Any]]:
     return files | {"README.md": [content.card.encode()]}
 
 
-def _write_folder(
-    folder: Path, step: int, figures: Mapping[str, Any], files: Mapping[str, Iterable[Any]]
-) -> None:
+def _write_folder(folder: Path, step: int, figures: Mapping[str, Any], files: Mapping[str, Iterable[Any]]) -> None:
     with ThreadPoolExecutor(4) as pool:
         entries = pool.map(_write, (folder / name for name in files), files.values())
         written = dict(zip(files, entries, strict=True))
@@ -205,16 +201,12 @@ def _safetensors(file_name: str, tensors: Mapping[str, Tensor]) -> Iterator[Any]
     shared = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES or tensor.is_meta or name == "__metadata__":
-            raise ValueError(
-                f"{name} in {file_name} is {tensor.dtype} on {tensor.device}, which cannot be stored."
-            )
+            raise ValueError(f"{name} in {file_name} is {tensor.dtype} on {tensor.device}, which cannot be stored.")
         if (first := firsts.setdefault(identity(tensor), name)) != name:
             shared[name] = first
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "shared": json.dumps(shared)}}
     offset = 0
-    kept = sorted(
-        firsts.values(), key=lambda name: (-tensors[name].element_size(), name)
-    )  # wide first: aligned
+    kept = sorted(firsts.values(), key=lambda name: (-tensors[name].element_size(), name))  # wide first: aligned
     for name in kept:
         start, offset = offset, offset + tensors[name].numel() * tensors[name].element_size()
         header[name] = {
@@ -225,9 +217,7 @@ def _safetensors(file_name: str, tensors: Mapping[str, Tensor]) -> Iterator[Any]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise ValueError(
-            f"{file_name} would need a header over {MAX_HEADER_BYTES} bytes for its {len(kept)} tensors."
-        )
+        raise ValueError(f"{file_name} would need a header over {MAX_HEADER_BYTES} bytes for its {len(kept)} tensors.")
     yield len(text).to_bytes(8, "little") + text
     for name in kept:
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

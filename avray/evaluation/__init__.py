@@ -1,0 +1,1 @@
+"""Evaluation of a checkpoint or a codec, and its report."""

@@ -26,7 +26,7 @@ COMMANDS = {command.name: command for command in (cli.TRAIN, cli.PREPARE, cli.EV
 
 
 def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (composing.CONF_DIR / group).glob("*.yaml"))
+    return sorted(path.stem for path in (composing.CONF_DIR / group).glob("[!_]*.yaml"))
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,8 @@ def test_every_yaml_composes_converts_and_builds(choice: str, tmp_path: Any) -> 
     assert settings == from_mapping(TrainSettings, to_mapping(settings))
     codec = codec_from_settings(settings.codec)
     family = family_from_settings(settings.family)
-    assert codec.column_id() and codec.name == settings.codec["name"]
+    assert codec.name == settings.codec["name"]
+    assert set(settings.codec) == {"name"} | {field.name for field in fields(codec) if field.init}
     assert is_dataclass(family) and family.segment_s > 0
     if choice != "family=own":
         listed = {key for key in settings.family if key != "name"}

@@ -89,7 +89,7 @@ def _groups(command: Command, config_dir: str | None) -> str:
     width = max(map(len, names)) + 4
     lines = []
     for name in names:
-        options = sorted({path.stem for folder in folders for path in (folder / name).glob("*.yaml")})
+        options = sorted({path.stem for folder in folders for path in (folder / name).glob("[!_]*.yaml")})
         lines.append(textwrap.fill(", ".join(options), 96, initial_indent=f"  {name:<{width - 2}}",
                                    subsequent_indent=" " * width))
     return "\n".join(lines)

@@ -1,15 +1,16 @@
 """One engine for every kind of model: it admits, steps and drops requests over a family's ``Sampler``. No Ray in it.
 
-``generate.py``, validation samples and serving drive this same loop. Slots are fixed in number and requests are admitted
-one by one, because in float32 a row's bits change with the number of rows: so a request gives the same result alone and
-in company. Everything here belongs to one thread; a second one that calls torch brings its own team of OpenMP threads.
+``generate.py``, validation samples and serving drive this same loop. Slots are fixed in number and requests are encoded
+and admitted one by one, because in float32 a row's bits change with the number of rows: so a request gives the same
+result alone and in company. Everything here belongs to one thread; a second one that calls torch brings its own team of
+OpenMP threads.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ import torch
 from torch import nn
 
 from avray.checkpoint import Checkpoint
+from avray.errors import DataError
 from avray.family import Column, Family, Fitted, Media, Network, Options, Render, Request, Row, role_columns
-from avray.media import Audio, Video, read_audio
+from avray.media import Audio, Video, read_audio, resampled_length
 from avray.registry import family_from_settings
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a request got from one step: media that is final now (None where nothing is yet), and whether it was the last."""
+    """What a request got from one step: media that is final now (None where nothing is yet) and whether it was the
+    last. With ``error`` the request could not be started, and nothing came of it."""
 
     ticket: int
     media: Any
     done: bool
+    error: Exception | None = None
 
 
 @dataclass
@@ -48,13 +52,19 @@ class Generated:
     options: Options
     prompt: Audio | None = None
 
+    @property
+    def audio(self) -> Audio:
+        """ValueError where the model makes none."""
+        if not isinstance(self.media, Audio):
+            raise ValueError(f"This model makes no audio but {_modality(self.media)}.")
+        return self.media
+
     def with_prompt(self) -> Generated:
-        """The given recording, brought to the output's rate and channels, in front of what was generated."""
+        """The given recording, as it was but for the output's rate and channels, in front of what was generated."""
         if self.prompt is None or not isinstance(self.media, Audio):
             raise ValueError("include_prompt=true needs a recording to continue.")
         before = resampled(self.prompt, self.media.sample_rate_hz)[None].repeat(len(self.media.samples), 0)
-        joined = Audio(np.concatenate([before, self.media.samples], 1), self.media.sample_rate_hz)
-        return Generated(joined, self.seed, self.options, self.prompt)
+        return replace(self, media=replace(self.media, samples=np.concatenate([before, self.media.samples], 1)))
 
 
 class Engine:
@@ -77,9 +87,15 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def submit(self, request: Request) -> int:
-        """A ticket. ValueError, naming the field, for a request this model cannot take."""
+    def check(self, request: Request) -> None:
+        """ValueError, naming the field, for a request this model cannot take."""
+        if request.audio is not None:
+            check_audio(request.audio)
         self.family.prompt(request)
+
+    def submit(self, request: Request) -> int:
+        """A ticket. ValueError as ``check`` raises it."""
+        self.check(request)
         self._next_ticket += 1
         self.waiting.append((self._next_ticket, request))
         return self._next_ticket
@@ -95,9 +111,13 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Admit what fits, advance every busy slot once, and hand out what is final."""
-        while self.waiting and self.free:
-            self._admit(*self.waiting.popleft())
         outputs = []
+        while self.waiting and self.free:
+            ticket, request = self.waiting.popleft()
+            try:
+                self._admit(ticket, request)
+            except (ValueError, DataError) as error:
+                outputs.append(Output(ticket, None, True, error))
         for piece in self.sampler.step() if self.running else []:
             running = self.running[piece.slot]
             media = None if piece.data is None else running.render.push(piece.data)
@@ -108,10 +128,10 @@ class Engine:
         return outputs
 
     def _admit(self, ticket: int, request: Request) -> None:
-        slot = self.free.pop()
         batch = self.family.collate([self.row(request)], self.fitted).to(self.device)
-        self.sampler.admit([slot], batch, [request.seed], [request.options])
-        self.running[slot] = _Running(ticket, self.renderer.open())
+        render = self.renderer.open()
+        self.sampler.admit([self.free[-1]], batch, [request.seed], [request.options])
+        self.running[self.free.pop()] = _Running(ticket, render)
 
     def _release(self, slot: int) -> None:
         del self.running[slot]
@@ -139,19 +159,21 @@ class Engine:
         """A request's outputs joined."""
         joined = _joined(pieces)
         if self.renderer.modality == "audio":
-            return Audio(joined, self.renderer.sample_rate_hz)
-        return joined  # type: ignore[no-any-return]
+            return Audio(np.zeros((1, 0), np.float32) if joined is None else joined, self.renderer.sample_rate_hz)
+        return "" if joined is None else joined  # type: ignore[no-any-return]
 
 
 class Generator:
     """A checkpoint opened for generation: ``avray.load``."""
 
-    def __init__(self, engine: Engine, checkpoint: Checkpoint) -> None:
+    def __init__(self, engine: Engine, checkpoint: Checkpoint | None = None) -> None:
         self.engine, self.checkpoint = engine, checkpoint
+        self._outputs: dict[int, list[Output]] = {}
 
     @classmethod
     def open(cls, path: str | Path, device: str = "cpu", slots: int = 1) -> Generator:
-        """A run, a link or a checkpoint folder; its averaged weights where it has them. CheckpointError for what is none."""
+        """A run, a link or a checkpoint folder; its averaged weights where it has them. CheckpointError for what is
+        none."""
         checkpoint = Checkpoint.open(path)
         family = family_from_settings(checkpoint.family)
         with torch.device("meta"):
@@ -161,71 +183,121 @@ class Generator:
 
     def check(self, request: Request) -> None:
         """ValueError, naming the field, for a request this model cannot take."""
-        self.engine.family.prompt(request)
+        self.engine.check(request)
 
-    def generate(self, prompt: str | None = None, audio: Audio | str | Path | None = None, *, seconds: float | None = None,
-                 task: str | None = None, options: Options | None = None, seed: int = 0) -> Generated:
-        """One request. ``options`` holds what else there is (temperature, guidance …); ``seconds`` goes before its own."""
-        return self.generate_many([make_request(prompt, audio, seconds, task, options, seed)])[0]
+    def generate(self, prompt: str | None = None, audio: Audio | str | Path | None = None, *,
+                 video: Video | None = None, task: str | None = None, seconds: float | None = None,
+                 temperature: float | None = None, options: Options | None = None, seed: int = 0) -> Generated:
+        """One request. ``options`` holds what else there is (top_k, guidance …); ``seconds`` and ``temperature`` go
+        before its own. ValueError, naming it, for what this model has no use for; DataError for a file that is none."""
+        return self.generate_many([make_request(prompt, audio, video, task, seconds, temperature, options, seed)])[0]
 
-    def stream(self, prompt: str | None = None, audio: Audio | str | Path | None = None, *, seconds: float | None = None,
-               task: str | None = None, options: Options | None = None, seed: int = 0) -> Iterator[Media]:
-        """The same, piece by piece as it is made; the pieces joined are what ``generate`` gives. Closing it stops."""
-        engine = self.engine
-        ticket = engine.submit(make_request(prompt, audio, seconds, task, options, seed))
+    def stream(self, prompt: str | None = None, audio: Audio | str | Path | None = None, *, video: Video | None = None,
+               task: str | None = None, seconds: float | None = None, temperature: float | None = None,
+               options: Options | None = None, seed: int = 0) -> Iterator[Media]:
+        """The same, piece by piece as it is made; the pieces joined are what ``generate`` gives. Closing it stops. Up
+        to ``slots`` streams may be open and advance together."""
+        request = make_request(prompt, audio, video, task, seconds, temperature, options, seed)
+        self.check(request)
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[Media]:
+        ticket = self._submit(request)
         try:
             done = False
             while not done:
-                for output in engine.step():
-                    done |= output.done
-                    if output.media is not None and len(_last_axis(output.media)):
-                        yield engine.media([output.media])
+                if not self._outputs[ticket]:
+                    self._step()
+                    continue
+                output = self._outputs[ticket].pop(0)
+                done = output.done
+                if output.error is not None:
+                    raise output.error
+                if output.media is not None and not _is_empty(output.media):
+                    yield self.engine.media([output.media])
         finally:
-            engine.cancel(ticket)
+            self._forget(ticket)
 
     def generate_many(self, requests: Sequence[Request]) -> list[Generated]:
-        """All of them, as many side by side as there are slots, in the order given."""
-        engine = self.engine
-        tickets = [engine.submit(request) for request in requests]
-        pieces: dict[int, list[Any]] = {ticket: [] for ticket in tickets}
-        while engine.busy:
-            for output in engine.step():
-                if output.media is not None and output.ticket in pieces:
-                    pieces[output.ticket].append(output.media)
-        return [Generated(engine.media(pieces[ticket]), request.seed, request.options, request.audio)
-                for ticket, request in zip(tickets, requests, strict=True)]
+        """All of them, as many side by side as there are slots, in the order given. ValueError for the first that
+        cannot be made, before any is."""
+        for request in requests:
+            self.check(request)
+        tickets = [self._submit(request) for request in requests]
+        try:
+            while not all(self._outputs[ticket] and self._outputs[ticket][-1].done for ticket in tickets):
+                self._step()
+            return [self._generated(request, self._outputs[ticket])
+                    for ticket, request in zip(tickets, requests, strict=True)]
+        finally:
+            for ticket in tickets:
+                self._forget(ticket)
+
+    def _generated(self, request: Request, outputs: Sequence[Output]) -> Generated:
+        if outputs[-1].error is not None:
+            raise outputs[-1].error
+        media = self.engine.media([output.media for output in outputs])
+        return Generated(media, request.seed, request.options, request.audio)
+
+    def _submit(self, request: Request) -> int:
+        ticket = self.engine.submit(request)
+        self._outputs[ticket] = []
+        return ticket
+
+    def _step(self) -> None:
+        """Advance everything that is under way; each output waits for whoever asked for it."""
+        for output in self.engine.step():
+            if output.ticket in self._outputs:
+                self._outputs[output.ticket].append(output)
+
+    def _forget(self, ticket: int) -> None:
+        self.engine.cancel(ticket)
+        self._outputs.pop(ticket, None)
 
 
-def make_request(prompt: str | None, audio: Audio | str | Path | None, seconds: float | None, task: str | None,
-                 options: Options | None, seed: int) -> Request:
-    given = (options or Options()).given() | ({} if seconds is None else {"seconds": seconds})
+def make_request(prompt: str | None, audio: Audio | str | Path | None, video: Video | None, task: str | None,
+                 seconds: float | None, temperature: float | None, options: Options | None, seed: int) -> Request:
+    """A request from plain arguments. DataError for a file that is no recording."""
+    given = {name: value for name, value in (("seconds", seconds), ("temperature", temperature)) if value is not None}
     sound = audio if audio is None or isinstance(audio, Audio) else read_audio(str(audio))
-    return Request(text=prompt, audio=sound, task=task, options=Options(**given), seed=seed)  # type: ignore[arg-type]
+    return Request(text=prompt, audio=sound, video=video, task=task, options=replace(options or Options(), **given),
+                   seed=seed)
+
+
+def check_audio(audio: Audio) -> None:
+    """ValueError for what is no recording."""
+    if audio.samples.ndim != 2 or not audio.samples.size:
+        raise ValueError(f"audio must be samples [channels, time], at least one, got shape {audio.samples.shape}.")
+    if not audio.sample_rate_hz > 0:
+        raise ValueError(f"audio must have a sample rate above 0 Hz, got {audio.sample_rate_hz}.")
+    if not np.isfinite(audio.samples).all():
+        raise ValueError("audio holds samples that are not finite numbers.")
 
 
 def resampled(audio: Audio, sample_rate_hz: int) -> np.ndarray:
-    """Mono float32 ``[samples]`` at another rate (soxr, high quality). ValueError for no samples or samples not finite."""
+    """Mono float32 ``[samples]`` at another rate (soxr, high quality), of the length every reader here keeps to."""
     mono = audio.samples.mean(0, dtype=np.float32)
-    if not len(mono):
-        raise ValueError("audio holds no samples: give a recording that is not empty.")
-    if not np.isfinite(mono).all():
-        raise ValueError("audio holds samples that are not finite numbers.")
     if audio.sample_rate_hz == sample_rate_hz:
         return mono
-    return soxr.resample(mono, audio.sample_rate_hz, sample_rate_hz)  # type: ignore[no-any-return]
+    length = resampled_length(len(mono), audio.sample_rate_hz, sample_rate_hz)
+    made = soxr.resample(mono, audio.sample_rate_hz, sample_rate_hz)[:length]
+    return np.pad(made, (0, length - len(made)))
 
 
 def _modality(media: Media) -> str:
     return "audio" if isinstance(media, Audio) else "video" if isinstance(media, Video) else "text"
 
 
-def _last_axis(media: Any) -> Any:
-    return media if isinstance(media, str) else media.reshape(-1)
+def _is_empty(media: Any) -> bool:
+    return not media if isinstance(media, str) else not media.size
 
 
 def _joined(pieces: Sequence[Any]) -> Any:
-    """Text end to end; sound ``[channels, samples]`` along time; frames ``[time, …]`` one after another."""
+    """Text end to end; sound ``[channels, samples]`` along time; frames ``[time, …]`` one after another; None for
+    nothing."""
     pieces = [piece for piece in pieces if piece is not None]
-    if not pieces or isinstance(pieces[0], str):
+    if not pieces:
+        return None
+    if isinstance(pieces[0], str):
         return "".join(pieces)
     return np.concatenate(pieces, axis=1 if pieces[0].ndim == 2 else 0)

@@ -13,7 +13,7 @@ the loss after 240 steps was XX of the best baseline's against XX with ``none``.
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -45,9 +45,9 @@ from avray.nn.encoder import Encoder, dropout, sinusoidal_positions
 
 Normalise = Literal["none", "scale", "change"]
 INPUT, OUTPUT, LATENTS = "input", "output", "latents"
-MIN_PROMPT_S = 0.1
 GRID_S = 0.08
-"""Segments begin on multiples of this: whole frames at 12.5, 25, 50, 75 and 100 a second."""
+"""Segments begin on multiples of this, and a prompt is as many of these long: whole frames at 12.5, 25, 50, 75 and 100
+a second, so that what follows a prompt follows its last sample."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,15 @@ class Continuation:
     num_heads: int = 8
     feed_forward: int = 512
     dropout: float = 0.1
+    stride_s: float | None = None
+    """From the start of one pair to the next's; None: ``segment_s``. Less gives more pairs of the same sound."""
     max_pairs_per_song: int | None = 10
     """Spread over the recording; None: all."""
     head: str = "mse"
     normalise: Normalise = "none"
 
     def __post_init__(self) -> None:
-        for name in ("segment_s", "num_layers", "num_heads", "feed_forward", "max_pairs_per_song"):
+        for name in ("segment_s", "num_layers", "num_heads", "feed_forward", "max_pairs_per_song", "stride_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"family.{name} must be above 0, got {value}.")
@@ -79,7 +81,7 @@ class Continuation:
     # Data
 
     def segment(self, rows: Sequence[Row]) -> list[Example]:
-        """Pairs of consecutive, non-overlapping segments, at most ``max_pairs_per_song`` of a recording. A row with
+        """Pairs of consecutive, not overlapping segments, at most ``max_pairs_per_song`` of a recording. A row with
         ``target_audio`` is one pair: the end of its ``audio``, and as much from the start of the other."""
         pairs: list[Example] = []
         for row in rows:
@@ -91,19 +93,23 @@ class Continuation:
         return [pairs[i] for i in np.linspace(0, len(pairs) - 1, most).round().astype(int)]
 
     def _pairs(self, row: Row) -> list[Example]:
-        begin, length = row.get("start_s") or 0.0, self.segment_s
-        first = np.ceil(begin / GRID_S - 1e-6) * GRID_S
-        number = int((begin + row["duration_s"] - first) / length + 1e-6)
-        units = [Unit(row["audio"], "audio", round(float(first + i * length), 6), length) for i in range(number)]
-        return [Example(f"{row['id']}@{one.start_s:g}", {INPUT: one, OUTPUT: two}, weight=row.get("weight", 1.0))
-                for one, two in itertools.pairwise(units)]
+        begin, length, stride = row.get("start_s") or 0.0, self.segment_s, self.stride_s or self.segment_s
+        first = math.ceil(begin / GRID_S - 1e-6) * GRID_S
+        room = begin + row["duration_s"] - first - 2 * length
+        number = int(room / stride + 1e-6) + 1 if room > -1e-6 else 0
+        starts = [round(first + i * stride, 6) for i in range(number)]
+        return [self._example(f"{row['id']}@{start:.3f}", row, row["audio"], start, start + length, length)
+                for start in starts]
 
     def _given_pair(self, row: Row) -> Example:
         begin, duration = row.get("start_s") or 0.0, row["duration_s"]
         length = min(self.segment_s, duration)
-        units = {INPUT: Unit(row["audio"], "audio", begin + duration - length, length),
-                 OUTPUT: Unit(row["target_audio"], "audio", 0.0, length)}
-        return Example(str(row["id"]), units, weight=row.get("weight", 1.0))
+        return self._example(str(row["id"]), row, row["target_audio"], begin + duration - length, 0.0, length)
+
+    def _example(self, name: str, row: Row, target: str, start_s: float, target_s: float, length_s: float) -> Example:
+        units = {INPUT: Unit(row["audio"], "audio", round(start_s, 6), length_s),
+                 OUTPUT: Unit(target, "audio", round(target_s, 6), length_s)}
+        return Example(name, units, weight=row.get("weight", 1.0))
 
     def columns(self, fitted: Fitted | None) -> list[Column]:
         return [Column(LATENTS, Latents(self.codec))]
@@ -202,17 +208,19 @@ class Continuation:
         audio = request.audio
         if audio is None:
             raise ValueError("audio is missing: this model continues a recording.")
-        if audio.seconds < MIN_PROMPT_S:
-            raise ValueError(f"audio holds {audio.seconds:.3g} s: this model continues at least {MIN_PROMPT_S:g} s.")
+        if audio.seconds < GRID_S:
+            raise ValueError(f"audio holds {audio.seconds:.3g} s: this model continues at least {GRID_S:g} s.")
         self._num_frames(request.options, 1.0)
         [column] = self.columns(None)
-        kept = int((self.segment_s + column.context_s) * audio.sample_rate_hz)
-        return Prompt({INPUT: Audio(audio.samples[:, -kept:], audio.sample_rate_hz)})
+        whole_s = self.segment_s if audio.seconds >= self.segment_s else 0.0
+        further_s = min(audio.seconds - whole_s, column.context_s if whole_s else math.inf)
+        kept_s = whole_s + int(further_s / GRID_S + 1e-6) * GRID_S
+        return Prompt({INPUT: Audio(audio.samples[:, -round(kept_s * audio.sample_rate_hz) :], audio.sample_rate_hz)})
 
     def _num_frames(self, options: Options, frame_rate_hz: float) -> int:
         options.allow("seconds")
         seconds = self.segment_s if options.seconds is None else options.seconds
-        if not 0 < seconds < float("inf"):
+        if not 0 < seconds < math.inf:
             raise ValueError(f"seconds must be above 0 and finite, got {seconds}.")
         return max(1, round(seconds * frame_rate_hz))
 

@@ -54,7 +54,8 @@ EVALUATE = Command(
      "num_codebooks"),
     ("checkpoint=runs/x/best", "checkpoint=runs/x/best data.path=/other/wavs split=all",
      "codec=spectral data.path=/my/wavs"),
-    extra_keys={"run.dir": ("runs/evaluate-<date>-<time>", _RUN_DIR)})
+    extra_keys={"run.dir": ("runs/evaluate-<date>-<time>", _RUN_DIR),
+                "data.path": ("null", "A folder, a JSONL, CSV or Parquet file, or a URL; null: what it was trained on.")})
 GENERATE = Command(
     "generate", GenerateSettings,
     "Generate from a checkpoint: one request, or one for each row of data.path.",
@@ -62,7 +63,8 @@ GENERATE = Command(
      "num_steps", "guidance_scale", "device", "slots", "data.path", "num_workers"),
     ("checkpoint=runs/x/best audio=in.wav seconds=8 output=out.wav",
      'checkpoint=runs/x/best prompt="a bell, then drums" temperature=0.8 seed=1',
-     "checkpoint=runs/x/best data.path=prompts.jsonl output=folder/"))
+     "checkpoint=runs/x/best data.path=prompts.jsonl output=folder/"),
+    extra_keys={"data.path": ("null", "Rows to generate for, one request each (JSONL, folder …); null: a single request.")})
 
 
 def run_command(main: Callable[[Any], str], command: Command, arguments: Sequence[str] | None = None) -> NoReturn:

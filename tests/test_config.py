@@ -16,8 +16,15 @@ from hypothesis import strategies as st
 
 from avray import cli
 from avray.config import (
-    DataSettings, EvaluateSettings, GenerateSettings, PrepareSettings, TrainerSettings, TrainSettings, from_mapping,
-    instantiate, to_mapping,
+    DataSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    PrepareSettings,
+    TrainerSettings,
+    TrainSettings,
+    from_mapping,
+    instantiate,
+    to_mapping,
 )
 from avray.settings import composing
 from avray.settings.describe import describe

@@ -55,7 +55,7 @@ EVALUATE = Command(
     ("checkpoint=runs/x/best", "checkpoint=runs/x/best data.path=/other/wavs split=all",
      "codec=spectral data.path=/my/wavs"),
     extra_keys={"run.dir": ("runs/evaluate-<date>-<time>", _RUN_DIR),
-                "data.path": ("null", "A folder, a JSONL, CSV or Parquet file, or a URL; null: what it was trained on.")})
+                "data.path": ("null", "A folder, a JSONL, CSV or Parquet file, or a URL; null: its own data set.")})
 GENERATE = Command(
     "generate", GenerateSettings,
     "Generate from a checkpoint: one request, or one for each row of data.path.",
@@ -64,7 +64,7 @@ GENERATE = Command(
     ("checkpoint=runs/x/best audio=in.wav seconds=8 output=out.wav",
      'checkpoint=runs/x/best prompt="a bell, then drums" temperature=0.8 seed=1',
      "checkpoint=runs/x/best data.path=prompts.jsonl output=folder/"),
-    extra_keys={"data.path": ("null", "Rows to generate for, one request each (JSONL, folder …); null: a single request.")})
+    extra_keys={"data.path": ("null", "Rows to generate for (JSONL, folder …), a request each; null: a single one.")})
 
 
 def run_command(main: Callable[[Any], str], command: Command, arguments: Sequence[str] | None = None) -> NoReturn:

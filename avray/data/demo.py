@@ -101,22 +101,24 @@ def recordings(seed: int) -> Iterator[Recording]:
     num_songs = num_shorts = 0
     while True:
         if num_songs < MIN_SONGS or song_s <= SONG_SHARE * (song_s + short_s):
-            made = _song(num_songs, seed)
+            made = song_recording(num_songs, seed)
             num_songs, song_s = num_songs + 1, song_s + len(made.samples) / SAMPLE_RATE_HZ
         else:
-            made = _short(num_shorts, seed)
+            made = short_recording(num_shorts, seed)
             num_shorts, short_s = num_shorts + 1, short_s + len(made.samples) / SAMPLE_RATE_HZ
         yield made
 
 
-def _song(index: int, seed: int) -> Recording:
+def song_recording(index: int, seed: int) -> Recording:
+    """The ``index``-th song."""
     rng = np.random.default_rng([seed, 0, index])
     song = compose(index, rng)
     samples = master(perform(song), rng)
     return Recording(samples, song.form, _audio_row("song", index, index, samples, song.caption(), song.fields()))
 
 
-def _short(index: int, seed: int) -> Recording:
+def short_recording(index: int, seed: int) -> Recording:
+    """The ``index``-th short sound; kinds take turns."""
     rng = np.random.default_rng([seed, 1, index])
     short = KINDS[index % len(KINDS)](rng)
     samples = master(short.samples, rng)
@@ -127,11 +129,12 @@ def _short(index: int, seed: int) -> Recording:
 def _audio_row(kind: str, number: int, turn: int, samples: np.ndarray, text: str,
                fields: dict[str, object]) -> dict[str, object]:
     name = f"{kind}-{number:04d}"
-    return {"file_name": f"{name}.wav", "text": text, "group": name, "split": _split(turn), "kind": kind,
+    return {"file_name": f"{name}.wav", "text": text, "group": name, "split": split_of(turn), "kind": kind,
             "length_s": round(len(samples) / SAMPLE_RATE_HZ, 4), **fields}
 
 
-def _split(turn: int) -> str:
+def split_of(turn: int) -> str:
+    """The side that the ``turn``-th song, short sound or clip is on."""
     return "validation" if turn % HELD_OUT == 1 else "train"
 
 
@@ -173,7 +176,7 @@ def _write_video(folder: Path, seed: int) -> list[Embedded]:
         frames = draw_clip(clip)
         name = f"clip-{index:04d}"
         write_video(folder / "video" / f"{name}.mp4", Video(frames, FRAME_RATE_HZ))
-        rows.append({"file_name": f"{name}.mp4", "text": clip.caption(), "group": name, "split": _split(index),
+        rows.append({"file_name": f"{name}.mp4", "text": clip.caption(), "group": name, "split": split_of(index),
                      **clip.fields()})
         embedded.append(Embedded(f"video/{name}.mp4", clip.label, clip.caption(), embed_clip(frames)))
     write_jsonl(folder / "video" / "metadata.jsonl", rows)

@@ -189,9 +189,9 @@ def perform(song: Song) -> np.ndarray:
     num = sound.num_samples(song.length_s)
     if song.form == "slide":
         last = song.part.notes[-1]
-        knots = [(note.start_s, note.midi) for note in song.part.notes]
-        knots.append((last.start_s + last.duration_s, last.to_midi or last.midi))
-        mixed = sound.glide(song.instrument, np.interp(np.arange(num) / sound.SAMPLE_RATE_HZ, *zip(*knots, strict=True)))
+        starts = [note.start_s for note in song.part.notes] + [last.start_s + last.duration_s]
+        pitches = [note.midi for note in song.part.notes] + [last.to_midi or last.midi]
+        mixed = sound.glide(song.instrument, np.interp(np.arange(num) / sound.SAMPLE_RATE_HZ, starts, pitches))
     else:
         mixed = _mix(song, num)
     cycle = np.cos(np.arange(num) * (2 * np.pi / (song.phrase_s * sound.SAMPLE_RATE_HZ)))

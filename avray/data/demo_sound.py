@@ -15,7 +15,7 @@ import numpy as np
 SAMPLE_RATE_HZ = 24_000
 LEVEL_DBFS = -20.0
 """Root mean square of a recording, unless its peak would pass ``PEAK``."""
-PEAK = 0.8
+PEAK = 0.9
 ROOM_DBFS = -56.0
 """White room tone under every recording, as real ones have it; digital silence would dominate a log spectrum."""
 FADE_IN_S, FADE_OUT_S = 0.005, 0.05
@@ -102,7 +102,8 @@ def karplus_strong(hz: float, num: int, rng: np.random.Generator) -> np.ndarray:
     taps = np.exp(-1.2 / hz) * np.convolve([0.5, 0.5], [1.0 - late, late])
     first = whole + 2
     line = np.zeros(first + num)
-    burst = np.convolve(rng.uniform(-1.0, 1.0, first + 2), np.ones(3) / 3, "valid")
+    soft = 9  # a finger, not a plectrum: a bright start would leave the rest of the note 10 dB quieter
+    burst = np.convolve(rng.uniform(-1.0, 1.0, first + soft - 1), np.ones(soft) / soft, "valid")
     line[:first] = burst - burst.mean()
     for start in range(first, first + num, whole):
         stop = min(start + whole, first + num)

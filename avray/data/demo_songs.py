@@ -2,7 +2,7 @@
 
 A steady loop would make "repeat the input" unbeatable, and random notes would make every model a mean. So each form
 moves by a rule that two seconds are enough to see (scales, broken chords, progressions, glides, ringing chords), and
-each phrase grows and fades. That last matters most: on 13 songs the 859,520-parameter model's margin over the best
+each phrase grows and fades. That last matters most: on 15 songs the 859,520-parameter model's margin over the best
 baseline went from 13 % to 27 % with it. Bars are no multiple of a segment, so a segment begins anywhere in one. Songs
 take turns through the forms; key, tempo, pattern and length are drawn, so a held-out song is a new mixture of known
 things.

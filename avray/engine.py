@@ -258,10 +258,11 @@ class Generator:
 def make_request(prompt: str | None, audio: Audio | str | Path | None, video: Video | None, task: str | None,
                  seconds: float | None, temperature: float | None, options: Options | None, seed: int) -> Request:
     """A request from plain arguments. DataError for a file that is no recording."""
-    given = {name: value for name, value in (("seconds", seconds), ("temperature", temperature)) if value is not None}
+    options = options or Options()
+    options = replace(options, seconds=options.seconds if seconds is None else seconds,
+                      temperature=options.temperature if temperature is None else temperature)
     sound = audio if audio is None or isinstance(audio, Audio) else read_audio(str(audio))
-    return Request(text=prompt, audio=sound, video=video, task=task, options=replace(options or Options(), **given),
-                   seed=seed)
+    return Request(text=prompt, audio=sound, video=video, task=task, options=options, seed=seed)
 
 
 def check_audio(audio: Audio) -> None:

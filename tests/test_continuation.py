@@ -144,6 +144,11 @@ def test_fit_is_the_mean_and_scale_of_all_frames():
     np.testing.assert_allclose(fitted.arrays["mean"], frames.mean(0), atol=1e-4)
     np.testing.assert_allclose(fitted.arrays["scale"], frames.std(0), atol=1e-4)
     assert (fitted.arrays["silence"] == SILENCE).all()
+    for row in rows:  # each channel's level of its own, of which the next segment keeps half
+        level = np.random.default_rng(int(row["id"])).normal(0, 5, WIDTH)
+        row["input.latents"], row["output.latents"] = (np.tile(level * share, (FRAMES, 1)) for share in (1, 0.5))
+    again = [{**row, "input.latents": -row["input.latents"], "output.latents": -row["output.latents"]} for row in rows]
+    np.testing.assert_allclose(TINY.fit(iter(rows + again)).arrays["kept"], 0.5, atol=1e-3)
 
 
 # Model
@@ -151,7 +156,7 @@ def test_fit_is_the_mean_and_scale_of_all_frames():
 
 def test_the_original_has_exactly_859520_parameters_on_meta():
     family = Continuation(Spectral())
-    fitted = Fitted({"mean": np.zeros(128, np.float32), "scale": np.ones(128, np.float32)},
+    fitted = Fitted({name: np.ones(128, np.float32) for name in ("mean", "scale", "kept")},
                     {"codec": "spectral-v1", "width": 128, "frame_rate_hz": 75.0})
     with torch.device("meta"):
         model = family.build(fitted)
@@ -168,10 +173,14 @@ def test_the_generator_alone_decides_the_weights(fitted):
     assert not torch.equal(one.widen.weight, built(TINY, fitted, seed=4).widen.weight)
 
 
-def test_change_starts_as_the_mean_baseline(fitted):
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_change_starts_from_what_of_the_mean_frame_is_kept(fitted, kept):
     family = dataclasses.replace(TINY, normalise="change")
+    fitted = Fitted({**fitted.arrays, "kept": np.full(WIDTH, kept, np.float32)}, fitted.data)
     batch = family.collate(make_rows(3), fitted)
     expected = float(family.baselines(batch, fitted)["mean"]["mse"])
+    if not kept:
+        expected = float((batch["output"] - torch.from_numpy(fitted.arrays["mean"])).square().sum())
     assert loss(family, built(family, fitted), batch) == pytest.approx(expected, rel=1e-5)
 
 

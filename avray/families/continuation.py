@@ -115,19 +115,24 @@ class Continuation:
         return [Column(LATENTS, Latents(self.codec))]
 
     def fit(self, rows: Iterator[Row]) -> Fitted:
-        """The latents' mean and standard deviation by channel, and what the codec makes of silence."""
+        """The latents' mean and standard deviation by channel, how much of a segment's own mean frame the next one
+        keeps (least squares, from 0 to 1), and what the codec makes of silence."""
         codec = self.codec.load("cpu")
         if codec.width % self.num_heads:
             raise ValueError(f"family.num_heads = {self.num_heads} must divide the codec's width of {codec.width}.")
         number, total, squares = 0, np.zeros(codec.width), np.zeros(codec.width)
+        means: dict[str, list[np.ndarray]] = {INPUT: [], OUTPUT: []}
         for row in rows:
-            for role in (INPUT, OUTPUT):
+            for role, role_means in means.items():
                 frames = row[f"{role}.{LATENTS}"].astype(np.float64)
                 number, total, squares = number + len(frames), total + frames.sum(0), squares + (frames**2).sum(0)
-        mean = total / max(number, 1)
-        scale = np.sqrt(np.maximum(squares / max(number, 1) - mean**2, 1e-8))
+                role_means.append(frames.mean(0))
+        mean = total / number
+        scale = np.sqrt(np.maximum(squares / number - mean**2, 1e-8))
+        before, after = (np.array(role_means) - mean for role_means in means.values())
+        kept = np.clip((before * after).sum(0) / np.maximum((before**2).sum(0), 1e-8), 0, 1)
         silence = codec.encode_batch([np.zeros(round(self.segment_s * codec.sample_rate_hz), np.float32)])[0]
-        arrays = {"mean": mean, "scale": scale, "silence": silence}
+        arrays = {"mean": mean, "scale": scale, "kept": kept, "silence": silence}
         return Fitted({name: array.astype(np.float32) for name, array in arrays.items()},
                       {"codec": self.codec.column_id(), "width": codec.width, "frame_rate_hz": codec.frame_rate_hz})
 
@@ -248,16 +253,16 @@ class Predictor(nn.Module):
         self.out_norm = nn.LayerNorm(width)
         self.widen = nn.Linear(width, 2 * width)
         self.narrow = nn.Linear(2 * width, width)
-        self.mean, self.scale = (torch.from_numpy(fitted.arrays[name]) for name in ("mean", "scale"))
+        self.mean, self.scale, self.kept = (torch.from_numpy(fitted.arrays[name]) for name in ("mean", "scale", "kept"))
 
     def forward(self, frames: Float[Tensor, "batch time width"],
                 valid: Bool[Tensor, "batch time"] | None = None) -> Float[Tensor, "batch time width"]:
         """The segment that follows ``frames``, of the same length; both in the codec's own latents."""
-        mean, scale = (tensor.to(frames.device) for tensor in (self.mean, self.scale))
+        mean, scale, kept = (tensor.to(frames.device) for tensor in (self.mean, self.scale, self.kept))
         if self.normalise == "none":
             return self.predict(frames, valid)
-        predicted = self.predict((frames - mean) / scale, valid) * scale
-        return predicted + (mean_frame(frames, valid) if self.normalise == "change" else mean)
+        predicted = mean + scale * self.predict((frames - mean) / scale, valid)
+        return predicted + kept * (mean_frame(frames, valid) - mean) if self.normalise == "change" else predicted
 
     def predict(self, frames: Tensor, valid: Tensor | None) -> Tensor:
         frames = self.norm(frames) + sinusoidal_positions(frames.shape[1], frames.shape[2], frames.device)

@@ -222,7 +222,9 @@ def test_a_flipped_bit_names_its_file_and_offers_the_one_before(tmp_path: Path) 
         (folder / name).write_bytes(whole[:-1])
         with pytest.raises(CheckpointError, match=f"{folder / name}.*{older}"):
             Checkpoint.open(tmp_path / "best")
-        assert ck.newest(tmp_path) == older
+        with pytest.raises(CheckpointError, match=f"{folder / name}.*{older}"):  # nor does a resumed run lose its steps
+            ck.newest(tmp_path)
+        assert ck.checkpoints(tmp_path) == [older]
         (folder / name).write_bytes(whole)
     assert Checkpoint.open(tmp_path).step == 2
 
@@ -248,7 +250,11 @@ def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << (bit % 8)
         (folder / "manifest.json").write_bytes(damaged)
-        assert ck.newest(tmp_path) is None, f"bit {bit}"
+        assert ck.checkpoints(tmp_path) == [], f"bit {bit}"
+    with pytest.raises(CheckpointError, match="manifest.json"):
+        ck.newest(tmp_path)
+    (folder / "manifest.json").unlink()
+    assert ck.newest(tmp_path) is None
 
 
 # ── harm ─────────────────────────────────────────────────

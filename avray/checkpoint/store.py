@@ -48,23 +48,39 @@ def step_folder(run_dir: Path | str, step: int) -> Path:
 
 def checkpoints(run_dir: Path | str) -> list[Path]:
     """The run's whole checkpoints, oldest first by their step's number."""
-    try:
-        found = [
-            (int(match[1]), path)
-            for path in (Path(run_dir) / FOLDER).iterdir()
-            if (match := _STEP.fullmatch(path.name))
-        ]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [path for _, path in sorted(found) if _exists(path)]
+    return [path for path in _step_folders(run_dir) if _is_whole(path)]
 
 
 def newest(run_dir: Path | str) -> Path | None:
-    """The whole checkpoint with the highest step, to resume from; None where there is none."""
-    return next(reversed(checkpoints(run_dir)), None)
+    """The checkpoint with the highest step, to resume from; None where there is none.
+
+    A folder without a manifest was never finished and does not count. CheckpointError where the newest has one and is
+    damaged: to go on from an older one unasked would lose its steps.
+    """
+    for folder in reversed(_step_folders(run_dir)):
+        if (folder / MANIFEST).exists():
+            try:
+                read_manifest(folder)
+            except CheckpointError as error:
+                other = offer(Path(run_dir), besides=folder)
+                raise CheckpointError(f"{error}{other} To resume from an older one, remove {folder}.") from error
+            return folder
+    return None
 
 
-def _exists(folder: Path) -> bool:
+def _step_folders(run_dir: Path | str) -> list[Path]:
+    try:
+        paths = [*(Path(run_dir) / FOLDER).iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((path for path in paths if _STEP.fullmatch(path.name)), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _is_whole(folder: Path) -> bool:
     try:
         read_manifest(folder)
     except CheckpointError:
@@ -241,11 +257,7 @@ def prune(run_dir: Path | str, keep_last: int, keep_every: int = 0, protect: Ite
     found = checkpoints(run_dir)
     links = [target for name in ("best", "last") if (target := follow(run_dir, name))]
     kept = {path.name for path in (*found[-keep_last:], *links, *protect)}
-    removed = [
-        path
-        for path in found
-        if path.name not in kept and not (keep_every and int(path.name.removeprefix("step-")) % keep_every == 0)
-    ]
+    removed = [path for path in found if path.name not in kept and not (keep_every and _step(path) % keep_every == 0)]
     for path in removed:
         doomed = beside(path, "tmp")  # renamed first, so that no half of it is ever seen
         os.rename(path, doomed)

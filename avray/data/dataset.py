@@ -41,7 +41,8 @@ def data_path(data: DataSettings) -> str:
     from avray.data.demo import ensure_demo
 
     assert data.demo_dir is not None
-    return str(Path(ensure_demo(data.demo_dir, minutes=data.demo_minutes, seed=0).folder) / "audio")
+    folder = Path(data.demo_dir) / f"{data.demo_minutes:g}-minutes"  # one set a length: two runs may want two
+    return str(ensure_demo(folder, minutes=data.demo_minutes, seed=0).folder / "audio")
 
 
 def read_rows(data: DataSettings, segment_s: float = 2.0) -> Dataset:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from avray.checkpoint import Checkpoint
-from avray.config import DataSettings, EvaluateSettings, from_mapping, instantiate
+from avray.config import DataSettings, EvaluateSettings, from_mapping
 from avray.data.cache import Cache
 from avray.data.cluster import Needs, start_ray
 from avray.data.dataset import open_dataset
@@ -23,7 +23,7 @@ from avray.devices import device_of
 from avray.errors import DataError
 from avray.evaluation.report import ReportExample, write_report
 from avray.family import Family, Options
-from avray.registry import family_from_settings
+from avray.registry import family_from_settings, register_target
 from avray.train.loggers import read_metrics
 from avray.train.samples import Answer, answer, questions
 from avray.train.validation import checkpoint_loss
@@ -36,7 +36,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     run_dir = Path(settings.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(settings.checkpoint)
-    family: Family = instantiate(dict(settings.family)) if settings.family else family_from_settings(checkpoint.family)
+    if "_target_" in settings.family:  # a class of the user's own has to be known before its name means anything
+        register_target(settings.family["_target_"])
+    family = family_from_settings(checkpoint.family)
     data = data_of(settings, checkpoint)
     device = device_of(settings.device)
     dataset = open_dataset(family, data, run_dir / "rejects.jsonl")

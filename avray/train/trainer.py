@@ -152,8 +152,9 @@ def first_blocks(job: Job, limits: Limits) -> ray.data.Dataset:
 
 def explained(error: BaseException) -> Exception:
     """The worker's own error where there is one, as one sentence; the traceback stays chained."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
+    failures = list((getattr(error, "worker_failures", None) or {}).values())
+    controller = getattr(error, "controller_failure", None)
+    for failure in [*failures, *([controller] if controller is not None else [])]:
         cause: BaseException | None = failure
         while cause is not None:
             if isinstance(cause, TrainingFailed | DataError | CheckpointError | MissingDependency | ValueError):

@@ -1,0 +1,204 @@
+"""The commands' own functions, on real files through the shared Ray: prepare, train, resume, evaluate, generate."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from avray.checkpoint import Checkpoint, newest
+from avray.cli import EVALUATE, GENERATE, PREPARE, TRAIN, compose
+from avray.errors import CheckpointError, DataError, TrainingFailed
+from avray.registry import family_from_settings
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+CONTINUATION = ["family.segment_s=0.4", "family.num_layers=1", "family.num_heads=4", "family.feed_forward=32"]
+CODEC_LM = ["family=codec_lm", "family.segment_s=0.4", "family.num_layers=1", "family.num_heads=2", "family.width=32",
+            "family.num_codebooks=2", "family.context=128", "codec.cardinality=16", "codec.num_codebooks=2",
+            "codec.frames_per_centroid=8"]
+FAMILIES = {"continuation": CONTINUATION, "codec_lm": CODEC_LM}
+
+
+@pytest.fixture(scope="module")
+def wavs(tmp_path_factory):
+    """12 recordings of 3 s, gliding tones."""
+    folder = tmp_path_factory.mktemp("wavs")
+    time_s = np.arange(3 * 16_000) / 16_000
+    for index in range(12):
+        pitch = 200 * 1.1**index * (1 + 0.1 * time_s)
+        soundfile.write(folder / f"tone{index}.wav", 0.3 * np.sin(2 * np.pi * pitch * time_s), 16_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def settings(wavs, cache, run_dir, *overrides, family="continuation"):
+    return compose(TRAIN, [
+        f"data.path={wavs}", f"data.cache={cache}", f"run.dir={run_dir}", "data.embed_num_cpus=0.5",
+        "trainer.cpus_per_worker=0.5", "trainer.max_steps=6", "trainer.batch_size=6", "trainer.validate_every_steps=3",
+        "trainer.num_samples=1", "trainer.checkpoint_every_steps=2", "trainer.log_every_steps=1",
+        "trainer.sample_every_steps=6", *FAMILIES[family], *overrides])
+
+
+def run(settings):
+    from avray.train.trainer import train
+
+    return train(settings, family_from_settings(settings.family))
+
+
+def weights(run_dir):
+    return Checkpoint.open(Path(run_dir) / "last").weights("model")
+
+
+def same(a, b):
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_verb(ray_session, tmp_path, wavs, family):
+    """prepare → train → resume → evaluate → generate, from nothing."""
+    from avray.data.prepare import check, prepare_all
+    from avray.evaluation.evaluate import evaluate
+    from avray.generation.many import generate_many
+    from avray.generation.one import generate
+
+    cache, common = tmp_path / "cache", [f"data.path={wavs}", f"data.cache={tmp_path / 'cache'}", "data.embed_num_cpus=0.5"]
+    prepare = compose(PREPARE, [*common, *FAMILIES[family], f"run.dir={tmp_path / 'prepare'}"])
+    assert "nothing was encoded" in check(prepare) and not cache.exists() or not list(cache.glob("shards/*"))
+    assert " computed now, 0 rejected" in prepare_all(prepare, family_from_settings(prepare.family))
+    assert "(0 computed now" in prepare_all(prepare, family_from_settings(prepare.family))
+
+    whole = settings(wavs, cache, tmp_path / "whole", "data.mode=prepared", family=family)
+    summary = run(whole)
+    written = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary == written
+    assert written["steps"] == 6 and written["best_validation_loss"] > 0 and written["baselines"]
+    assert written["rows"] == {"used": 12, "rejected": 0, "examples": written["rows"]["examples"], "examples_rejected": 0}
+    assert (tmp_path / "whole" / "metrics.csv").exists() and list((tmp_path / "whole" / "tensorboard").glob("events*"))
+    for step in (0, 6):
+        assert len(list((tmp_path / "whole" / "samples" / f"step-{step:08d}").glob("*.generated.wav"))) == 1
+
+    run(settings(wavs, cache, tmp_path / "cut", "trainer.stop_at_step=4", family=family))
+    run(settings(wavs, cache, tmp_path / "cut", "resume=true", family=family))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+    report = evaluate(compose(EVALUATE, [f"checkpoint={tmp_path / 'whole' / 'best'}", f"data.cache={cache}",
+                                         f"run.dir={tmp_path / 'report'}", "num_samples=2"]))
+    assert report["validation_loss"] == pytest.approx(written["best_validation_loss"], rel=1e-4)
+    assert report["baselines"] == pytest.approx(written["baselines"], rel=1e-4)
+    assert (tmp_path / "report" / "report.html").exists() and (tmp_path / "report" / "spectrograms.png").exists()
+
+    said = generate(compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"audio={wavs / 'tone3.wav'}", "seconds=1",
+                                       f"output={tmp_path / 'out.wav'}"]))
+    assert "1.00 s at 24000 Hz" in said
+    assert soundfile.info(tmp_path / "out.wav").frames == 24_000
+
+    many = compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"data.path={wavs}", "data.max_samples=3", "seconds=0.4",
+                              f"output={tmp_path / 'many'}", "slots=2"])
+    assert "3 of 3 results" in generate_many(many)
+    (tmp_path / "many" / "tone1.wav").unlink()
+    before = (tmp_path / "many" / "tone0.wav").stat().st_mtime_ns
+    assert "(1 made now)" in generate_many(many)
+    assert (tmp_path / "many" / "tone0.wav").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_streaming_stopping_and_resuming_at_several_workers(ray_session, tmp_path, wavs, cache, workers):
+    """The first run streams into an empty cache; the second, cut in the middle, reads what it wrote."""
+    many = f"trainer.num_workers={workers}"
+    empty = tmp_path / "cache"
+    run(settings(wavs, empty, tmp_path / "whole", many))
+    run(settings(wavs, cache, tmp_path / "cut", many, "trainer.stop_at_step=2"))
+    run(settings(wavs, cache, tmp_path / "cut", many, "resume=true"))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+class KillOnce:
+    """A hook that kills its own worker in the middle of an epoch, the first time."""
+
+    def on_validation_end(self, loop):
+        marker = Path(os.environ["AVRAY_TEST_MARKER"] if "AVRAY_TEST_MARKER" in os.environ else
+                      Path(loop.job.settings.run.dir) / "killed")
+        if loop.step == 3 and loop.place.rank == 1 and not marker.exists():
+            marker.write_text("once")
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_killed_mid_epoch_costs_nothing_but_time(ray_session, tmp_path, wavs, cache):
+    run(settings(wavs, cache, tmp_path / "whole", "trainer.num_workers=2"))
+    summary = run(settings(wavs, cache, tmp_path / "killed", "trainer.num_workers=2", "trainer.max_failures=2",
+                           "+trainer.hooks=[{_target_: tests.test_pipelines.KillOnce}]"))
+    assert (tmp_path / "killed" / "killed").exists()
+    assert summary["steps"] == 6
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def test_resuming_with_another_number_of_workers(ray_session, tmp_path, wavs, cache):
+    run(settings(wavs, cache, tmp_path / "run", "trainer.num_workers=2", "trainer.stop_at_step=3"))
+    run(settings(wavs, cache, tmp_path / "run", "trainer.num_workers=3", "resume=true"))
+    run(settings(wavs, cache, tmp_path / "whole", "trainer.num_workers=1"))
+    a, b = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    # The same rows in the same global batches; dropout differs by rank, so not the same bits.
+    assert all((a[name] - b[name]).abs().max() < 0.05 for name in a)
+
+
+def test_a_run_is_never_overwritten_or_resumed_by_accident(ray_session, tmp_path, wavs, cache):
+    run(settings(wavs, cache, tmp_path / "run", "trainer.max_steps=1"))
+    with pytest.raises(ValueError, match="already holds a run .* resume=true, or give another run.dir"):
+        run(settings(wavs, cache, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
+        run(settings(wavs, cache, tmp_path / "none", "resume=true"))
+
+
+def test_dry_run_does_everything_once(ray_session, tmp_path, wavs, cache):
+    summary = run(settings(wavs, cache, tmp_path / "run", "dry_run=true"))
+    assert summary["steps"] == 1
+    assert summary["memory_bytes"]["weights"] == 4 * summary["parameters"]
+    assert summary["memory_bytes"]["activations"] > 0
+    assert list((tmp_path / "run" / "samples").rglob("*.generated.wav"))
+
+
+def test_prepared_mode_refuses_what_is_not_prepared(ray_session, tmp_path, wavs):
+    with pytest.raises(DataError, match="the cache lacks .* run pipelines/prepare.py"):
+        run(settings(wavs, tmp_path / "cache", tmp_path / "run", "data.mode=prepared"))
+
+
+def test_a_learning_rate_that_explodes_ends_with_a_sentence_and_keeps_the_last_checkpoint(ray_session, tmp_path, wavs, cache):
+    with pytest.raises(TrainingFailed, match="not finite at step"):
+        run(settings(wavs, cache, tmp_path / "run", "+trainer.hooks=[{_target_: tests.test_pipelines.Explode}]"))
+    assert Checkpoint.open(newest(tmp_path / "run"))
+
+
+class Explode:
+    def on_validation_end(self, loop):
+        with torch.no_grad():
+            next(loop.model.parameters()).fill_(float("nan")) if loop.step == 3 else None
+
+
+def test_media_that_cannot_be_decoded_are_counted_and_the_threshold_stops_the_run(ray_session, tmp_path, wavs):
+    import shutil
+
+    folder = tmp_path / "wavs"
+    shutil.copytree(wavs, folder)
+    flac = folder / "broken.flac"
+    samples, rate = soundfile.read(folder / "tone0.wav")
+    soundfile.write(flac, samples, rate)
+    content = bytearray(flac.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 2000] = b"\xff" * 2000  # the header is good, the middle is not
+    flac.write_bytes(content)
+    with pytest.raises(DataError, match="could not be decoded, over data.max_reject_fraction"):
+        run(settings(folder, tmp_path / "cache", tmp_path / "run"))
+    summary = run(settings(folder, tmp_path / "cache", tmp_path / "run2", "data.max_reject_fraction=0.5"))
+    assert summary["rows"]["examples_rejected"] > 0
+    rejects = [json.loads(line) for line in (tmp_path / "run2" / "rejects.jsonl").read_text().splitlines()]
+    assert rejects and all("broken" in reject["source"] for reject in rejects)

@@ -11,7 +11,7 @@ rank j mod W. Nothing documents that, so every block carries its place and the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,19 +73,19 @@ class EmbedBlocks:
 
 
 def prepare(plan: Plan, columns: Sequence[Column], cache: Cache, pool: Pool, limits: Limits,
-            progress: Callable[[int, int], None] | None = None, only: Iterable[int] | None = None) -> int:
-    """Compute every missing shard of a plan (or of ``only`` these indices); returns how many were computed.
+            progress: Callable[[int, int], None] | None = None) -> int:
+    """Compute every missing shard of a plan; returns how many were computed. Needs no Ray where nothing is missing.
 
     ``progress(done, total)`` counts shards times columns.
     """
+    missing = {column: cache.missing(plan, [column]) for column in columns}
+    work = {column: shards for column, shards in missing.items() if shards}
+    if not work:
+        return 0
     reference = ray.put(plan)
-    allowed = None if only is None else set(only)
-    work = [(column, [i for i in cache.missing(plan, [column]) if allowed is None or i in allowed]) for column in columns]
-    total = sum(len(shards) for _, shards in work)
+    total = sum(map(len, work.values()))
     done = computed = 0
-    for column, shards in work:
-        if not shards:
-            continue
+    for column, shards in work.items():
         dataset = _dataset([pa.table({"shard": [index]}) for index in shards])
         dataset = dataset.map_batches(EmbedShards, fn_constructor_args=(reference, cache, column, limits, _device(pool)),
                                       **_actors(pool, len(shards)))

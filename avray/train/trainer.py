@@ -53,8 +53,7 @@ def train(settings: TrainSettings, family: Family) -> dict[str, Any]:
     start_ray(needs(settings, len(family.columns(None))), settings.cluster, settings.data.no_progress_timeout_s,
               verbose=settings.logging.level == "debug")
     prepared = prepare_training(family, settings.data, run_dir, settings.logging.progress)
-    job = Job(settings, family, prepared.fitted, prepared.train, prepared.validation, to_mapping(settings),
-              family_settings(family), prepared.dataset.counts())
+    job = make_job(settings, family, prepared)
     job.train_order.check_workers(settings.trainer.num_workers, settings.trainer.accumulate)
     watch = Watch(job)
     outcome = fit(job, prepared.columns, prepared.dataset.limits, watch)
@@ -62,6 +61,12 @@ def train(settings: TrainSettings, family: Family) -> dict[str, Any]:
     extra = held_out(job, prepared) | ({"memory_bytes": memory_needed(job).as_figures()} if settings.dry_run else {})
     rows = rejected_rows(job, Cache(settings.data.cache), run_dir / "rejects.jsonl")
     return write_summary(job, outcome, rows, count_parameters(family, prepared.fitted), time.perf_counter() - began, extra)
+
+
+def make_job(settings: TrainSettings, family: Family, prepared: Prepared) -> Job:
+    """What every worker is given."""
+    return Job(settings, family, prepared.fitted, prepared.train, prepared.validation, to_mapping(settings),
+               family_settings(family), prepared.dataset.counts())
 
 
 def held_out(job: Job, prepared: Prepared) -> dict[str, Any]:

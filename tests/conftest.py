@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
@@ -34,6 +35,10 @@ install_import_hook(
     [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in SHAPED],
     "tests.shapes.check",
 )
+
+# No deadlines: a busy machine is no failure. In CI the same examples every time.
+hypothesis.settings.register_profile("avray", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("avray")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

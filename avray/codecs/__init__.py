@@ -7,22 +7,21 @@ from dataclasses import fields
 from typing import Any
 
 from avray.codecs.base import CodecConfig
+from avray.codecs.pretrained import KINDS, Pretrained
 from avray.codecs.spectral import Spectral
+
+CODEC_NAMES = ("spectral", *KINDS)
 
 
 def codec_from_settings(settings: Mapping[str, Any]) -> CodecConfig:
     """``{"name": "spectral", "num_codebooks": 4}`` -> its configuration. ValueError for an unknown name or key."""
-    given = dict(settings)
-    name = given.pop("name", None)
-    if name == "spectral":
-        kind, fixed = Spectral, {}
-    else:
+    name = settings.get("name")
+    if name not in CODEC_NAMES:
         raise ValueError(f"codec.name = {name}: it is one of {', '.join(CODEC_NAMES)}.")
-    allowed = [f.name for f in fields(kind) if f.init and f.name not in fixed]
+    kind = Spectral if name == "spectral" else Pretrained
+    given = {key: value for key, value in settings.items() if key != "name" or kind is Pretrained}
+    allowed = [field.name for field in fields(kind) if field.init]
     for key in given:
         if key not in allowed:
             raise ValueError(f"codec.{key} is no setting of codec {name}; it takes {', '.join(allowed)}.")
-    return kind(**given, **fixed)
-
-
-CODEC_NAMES = ("spectral",)
+    return kind(**given)

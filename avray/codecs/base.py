@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avray.codecs.rvq import BLOCK_ROWS
+from avray.codecs.rvq import BLOCK_ROWS, check_codebooks
 from avray.family import Fitted, FrameStream
 
 
@@ -98,14 +98,13 @@ class Codes:
     """
 
     codec: CodecConfig
-    num_codebooks: int | None = None
-    """The first so many; None for all the codec has."""
+    num_codebooks: int
+    """The first so many of those the codec has."""
     fitted: Fitted | None = None
 
     def column_id(self) -> str:
-        books = "all" if self.num_codebooks is None else str(self.num_codebooks)
         state = f"-{self.fitted.digest()}" if self.fitted else ""
-        return f"{self.codec.column_id()}-q{books}{state}"
+        return f"{self.codec.column_id()}-q{self.num_codebooks}{state}"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Codes) and self.column_id() == other.column_id()
@@ -123,11 +122,9 @@ class Codes:
 class CodesNetwork:
     """A ``family.Network`` whose frames are codes."""
 
-    def __init__(self, codec: Codec, num_codebooks: int | None, device: torch.device) -> None:
-        if num_codebooks is not None and not 1 <= num_codebooks <= codec.num_codebooks:
-            raise ValueError(f"{num_codebooks} codebooks asked for, but the codec has {codec.num_codebooks}.")
+    def __init__(self, codec: Codec, num_codebooks: int, device: torch.device) -> None:
         self.codec, self.device = codec, device
-        self.num_codebooks = num_codebooks or codec.num_codebooks
+        self.num_codebooks = check_codebooks(num_codebooks, codec.num_codebooks)
         self.sample_rate_hz, self.frame_rate_hz = codec.sample_rate_hz, codec.frame_rate_hz
 
     def quantize(self, latents: np.ndarray) -> np.ndarray:

@@ -1,10 +1,10 @@
 """The codec without weights: log-mel frames in, Griffin-Lim out, residual k-means for codes.
 
 Latents are ``[128, time]``, 75 frames a second of 24 kHz mono, the very shape of EnCodec's: the natural logarithm of
-128 mel bands (Slaney's scale, 0 to 12 kHz) of the magnitude spectrum under a Hann window of 1024, scaled so that a sine of
-full scale stands near 0 and held above log(1e-5). Frame t is centred on sample ``320 * t + 160``, and beyond both
-ends there is silence, so n samples give exactly ``ceil(n / 320)`` frames. Codes are the nearest of the centroids that
-residual k-means found in the training set, ``[codebooks, time]``.
+128 mel bands (Slaney's scale, 0 to 12 kHz) of the magnitude spectrum under a Hann window of 1024, scaled so that a
+sine of full scale stands near 0 and held above log(1e-5). Frame t is centred on sample ``320 * t + 160``, and beyond
+both ends there is silence, so n samples give exactly ``ceil(n / 320)`` frames. Codes are the nearest of the centroids
+that residual k-means found in the training set, ``[codebooks, time]``.
 
 Everything is worked out in blocks of a fixed number of frames counted from the start, because a matrix product
 differs in its last bit with the number of its rows: so frames, codes and samples are the same bits whatever the

@@ -1,0 +1,89 @@
+"""Blocks with context: how a network that looks a little ahead encodes and decodes a recording of any length.
+
+Frames are cut into blocks counted from the start, and each block is run with some frames before and after it, whose
+output is thrown away. Where the blocks lie depends on the number of frames alone, so that pieces joined are the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames ``[start, stop)`` run for the sake of ``[start + before, stop - after)``."""
+
+    start: int
+    stop: int
+    before: int
+    after: int
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Frames a block, and of context on each side."""
+
+    block: int
+    left: int = 0
+    right: int = 0
+
+    def ready(self, first: int, num_frames: int) -> Window | None:
+        """The block that starts with frame ``first``, once ``num_frames`` frames hold it, its context and, where it
+        has any, one more: so that the last window is never what was but another's context."""
+        if num_frames < first + self.block + self.right + min(self.right, 1):
+            return None
+        before = min(self.left, first)
+        return Window(first - before, first + self.block + self.right, before, self.right, is_last=False)
+
+    def last(self, first: int, num_frames: int) -> Window | None:
+        """All that is left from frame ``first`` on, at most ``block + right`` frames; None where nothing is."""
+        before = min(self.left, first)
+        return Window(first - before, num_frames, before, 0, is_last=True) if num_frames > first else None
+
+    def windows(self, num_inputs: int, unit: int) -> list[Window]:
+        """Those of a whole recording, ``unit`` inputs a frame: the very ones a stream of it runs."""
+        found, first = [], 0
+        while window := self.ready(first, num_inputs // unit) or self.last(first, -(-num_inputs // unit)):
+            found.append(window)
+            first = window.stop - window.after
+        return found
+
+
+class BlockStream:
+    """A ``FrameStream`` over ``run``, which gets the inputs of one window after another, in order.
+
+    ``unit`` inputs make a frame. The last window of an encoder may end within a frame. ``run`` returns what belongs to
+    the window without its context; ``nothing`` is the output of no frames.
+    """
+
+    def __init__(self, blocks: Blocks, unit: int, run: Callable[[np.ndarray, Window], np.ndarray],
+                 nothing: np.ndarray) -> None:
+        self.blocks, self.unit, self.run, self.nothing = blocks, unit, run, nothing
+        self.held: list[np.ndarray] = []
+        self.begin = self.num_inputs = 0
+        """Where what is held begins, and how many inputs there were in all."""
+        self.first = 0
+
+    def push(self, piece: np.ndarray) -> np.ndarray:
+        self.held.append(piece)
+        self.num_inputs += len(piece)
+        made = [self.nothing]
+        while window := self.blocks.ready(self.first, self.num_inputs // self.unit):
+            made.append(self._run(window))
+        return np.concatenate(made)
+
+    def finish(self) -> np.ndarray:
+        window = self.blocks.last(self.first, -(-self.num_inputs // self.unit))
+        return self._run(window) if window else self.nothing
+
+    def _run(self, window: Window) -> np.ndarray:
+        held = np.concatenate(self.held) if len(self.held) > 1 else self.held[0]
+        made = self.run(held[window.start * self.unit - self.begin : window.stop * self.unit - self.begin], window)
+        self.first = window.stop - window.after
+        begin = max(0, self.first - self.blocks.left) * self.unit
+        self.held, self.begin = [held[begin - self.begin :].copy()], begin
+        return made

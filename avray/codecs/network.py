@@ -1,0 +1,93 @@
+"""What every loaded network codec shares: arrays in, arrays out, codes in pieces that bound memory.
+
+A kind of network (``encodec``, ``mimi``, ``dac``, ``xcodec``) says how one stream is encoded and decoded and how its
+own quantiser works; the rest of the ``Codec`` protocol is here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from avray.codecs.rvq import check_codebooks
+from avray.family import FrameStream
+
+_QUANTIZE_FRAMES = 4096
+"""1024 distances each: 16 MB at a time."""
+
+
+class NetworkCodec(ABC):
+    """A ``Codec`` (see ``base``) over a network of ``transformers``."""
+
+    sample_rate_hz: int
+    hop_samples: int
+    width: int
+    num_codebooks: int
+    cardinality: int
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    @property
+    def frame_rate_hz(self) -> float:
+        return self.sample_rate_hz / self.hop_samples
+
+    @abstractmethod
+    def stream(self) -> FrameStream: ...
+
+    @abstractmethod
+    def decoder(self) -> FrameStream: ...
+
+    @abstractmethod
+    def quantize(self, latents: Float[Tensor, "batch width time"],
+                 num_codebooks: int) -> Int[Tensor, "batch codebooks time"]: ...
+
+    @abstractmethod
+    def from_codes(self, codes: Int[Tensor, "batch codebooks time"]) -> Float[Tensor, "batch width time"]: ...
+
+    def encode(self, samples: Float[Tensor, "batch samples"]) -> Float[Tensor, "batch width time"]:
+        frames = self.encode_batch(list(samples.cpu().numpy()))
+        return torch.from_numpy(np.stack(frames)).transpose(1, 2).to(self.device)
+
+    def encode_batch(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """One after another; a kind that gains from a batch does better."""
+        found = []
+        for samples in recordings:
+            stream = self.stream()
+            found.append(np.concatenate([stream.push(mono(samples)), stream.finish()]))
+        return found
+
+    def to_codes(self, latents: Float[Tensor, "batch width time"],
+                 num_codebooks: int | None = None) -> Int[Tensor, "batch codebooks time"]:
+        """ValueError naming both numbers when more codebooks are asked for than there are."""
+        num_codebooks = check_codebooks(num_codebooks, self.num_codebooks)
+        with torch.inference_mode():
+            pieces = latents.to(self.device, torch.float32).split(_QUANTIZE_FRAMES, dim=2)
+            return torch.cat([self.quantize(piece, num_codebooks) for piece in pieces], dim=2)
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
+
+    @property
+    def no_frames(self) -> np.ndarray:
+        return np.zeros((0, self.width), np.float32)
+
+    @property
+    def no_samples(self) -> np.ndarray:
+        return np.zeros(0, np.float32)
+
+
+def mono(samples: np.ndarray) -> np.ndarray:
+    """ValueError for anything but ``[samples]``."""
+    if samples.ndim != 1:
+        raise ValueError(f"Expected mono samples [samples], got shape {samples.shape}: average the channels first.")
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from avray.codecs.base import Codec, CodecConfig, Codes, Latents
 from avray.families.codec_lm_sampler import CodecSampler, CodesRenderer, Generation
 from avray.family import Batch, Column, Example, Fitted, Metric, Options, Prompt, Question, Request, Row, Unit
 from avray.nn.bigram import Bigram
+from avray.nn.kv_cache import Weights
 from avray.nn.patterns import Delay, Layout, Pattern, read_pattern
 from avray.nn.transformer import Mlp, Norm, Positions, Transformer, TransformerConfig
 
@@ -36,8 +37,10 @@ MIN_REMAINDER_S = 0.5
 class CodecLM:
     """``text`` is what stands in front: a ``caption`` holds for every window of its recording, a ``transcript`` only
     for the first, whose speech it spells out from the beginning. ``stop`` adds an id that ends a recording, so that
-    the model can end by itself. ``condition_dropout`` of the rows lose their text in training, for guidance. The rest
-    are the transformer's settings (``TransformerConfig``) and the defaults of ``Options``."""
+    the model can end by itself. ``condition_dropout`` of the rows lose their text in training, for guidance. Then come
+    the transformer's settings (``TransformerConfig``) and the defaults of ``Options``. ``weights`` is how it generates:
+    ``torch`` on any device, or ``float32``, ``bfloat16`` or ``int8`` weights in a step compiled for this CPU, which
+    needs gcc (``avray.nn.native``)."""
 
     codec: CodecConfig
     num_codebooks: int = 4
@@ -68,6 +71,7 @@ class CodecLM:
     top_k: int | None = None
     top_p: float | None = None
     guidance_scale: float = 3.0
+    weights: Weights = "torch"
 
     def __post_init__(self):
         object.__setattr__(self, "pattern", read_pattern(self.pattern))
@@ -77,6 +81,8 @@ class CodecLM:
             raise ValueError(f"family.segment_s = {self.segment_s} must be above 0.")
         if self.text not in ("none", "caption", "transcript"):
             raise ValueError(f"family.text = {self.text!r} is not one of none, caption, transcript.")
+        if self.weights not in get_args(Weights):
+            raise ValueError(f"family.weights = {self.weights!r} is not one of {', '.join(get_args(Weights))}.")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"family.condition_dropout = {self.condition_dropout} must be at least 0 and below 1.")
         self._transformer(self.num_codebooks, 1)
@@ -266,13 +272,12 @@ class CodecLM:
     def _generation(self, options: Options) -> Generation:
         """What an options' request means here. ValueError naming an option that does not fit."""
         options.allow("seconds", "temperature", "top_k", "top_p", "guidance_scale")
-        given = {"seconds": self.segment_s, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p,
-                 "guidance_scale": self.guidance_scale} | options.given()
-        return Generation(**given)
+        own = Generation(self.segment_s, self.temperature, self.top_k, self.top_p, self.guidance_scale)
+        return replace(own, **options.given())  # type: ignore[arg-type]
 
     def sampler(self, model: CodecTransformer, fitted: Fitted, slots: int) -> CodecSampler:
         return CodecSampler(model, self.layout(fitted), fitted.data["frame_rate_hz"], self.stop, slots,
-                            self._generation)
+                            self.weights, self._generation)
 
     def renderer(self, fitted: Fitted, device: torch.device | str) -> CodesRenderer:
         return CodesRenderer(self.codec.load(device, codec_state(fitted) if self.codec.needs_fit else None), device)

@@ -20,15 +20,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from avray.codecs.base import Codec
 from avray.family import Batch, FrameStream, Modality, Options, Piece
-from avray.nn.kv_cache import CachedTransformer
+from avray.nn.kv_cache import CachedTransformer, Weights
 from avray.nn.patterns import NOTHING, Layout
-from avray.nn.sampling import Draw, draw, uniforms
+from avray.nn.sampling import Draw, Drawer, uniforms
 
 if TYPE_CHECKING:
     from avray.families.codec_lm import CodecTransformer
+
+
+_AHEAD = 256
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,18 @@ class _Slot:
         self.step = len(codes) * layout.stride
         self.done_frames = len(codes)
         self.end_frame = len(codes) + num_frames
+        self.drawn_at: list[list[tuple[int, int]]] = [[] for _ in range(layout.stride)]
+        for codebook, delay in enumerate(layout.delays):
+            self.drawn_at[delay % layout.stride].append((codebook, layout.streams[codebook]))
         self.drawn = 0
+        self._numbers = np.zeros((0, layout.num_streams))
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The step's uniform numbers ``[streams]``, made a few hundred steps ahead."""
+        if self.drawn % _AHEAD == 0:
+            self._numbers = uniforms(self.seed, self.drawn, _AHEAD, self.layout.num_streams)
+        return self._numbers[self.drawn % _AHEAD]
 
     def slide(self) -> None:
         """Move the later half of the frames to the window's start; nothing stands before their first step."""
@@ -89,16 +104,12 @@ class _Slot:
         """Put the step's drawn ids where nothing is known yet, and return the codes of frames that are now complete,
         None where there are none."""
         layout = self.layout
-        for stream, token in enumerate(ids):
-            codebook = layout.codebook_at(self.step, stream)
-            if codebook is None or self.tokens[self.step, stream] != NOTHING:
-                continue
+        for codebook, stream in self.drawn_at[self.step % layout.stride]:
             frame = (self.step - layout.delays[codebook]) // layout.stride
-            if frame >= self.end_frame:
-                continue
-            self.tokens[self.step, stream] = token
-            if codebook == 0 and token == stop_id:
-                self.end_frame = frame
+            if 0 <= frame < self.end_frame and self.tokens[self.step, stream] == NOTHING:
+                self.tokens[self.step, stream] = ids[stream]
+                if codebook == 0 and ids[stream] == stop_id:
+                    self.end_frame = frame
         self.step += 1
         self.drawn += 1
         first = self.done_frames
@@ -116,16 +127,23 @@ class CodecSampler:
     """A ``Sampler`` whose pieces are codes ``[frames, codebooks]``."""
 
     def __init__(self, model: CodecTransformer, layout: Layout, frame_rate_hz: float, stop: bool, slots: int,
-                 generation: Callable[[Options], Generation]):
+                 weights: Weights, generation: Callable[[Options], Generation]):
         self.model, self.layout, self.frame_rate_hz, self.slots = model.eval(), layout, frame_rate_hz, slots
         self.stop_id = layout.cardinality - 1 if stop else None
         self.generation = generation
         self.context = model.transformer.config.context
         self.device = model.transformer.norm.weight.device
-        self.cache = CachedTransformer(model.transformer, slots)
-        self.free_cache = CachedTransformer(model.transformer, slots) if model.text is not None else None
+        self.cache = CachedTransformer(model.transformer, slots, weights)
+        self.free_cache = None if model.text is None else CachedTransformer(model.transformer, slots, weights)
         self.busy: dict[int, _Slot] = {}
+        self.drawer = Drawer([Draw()] * slots, self.device)
+        # The embeddings, then a row for nothing and one for the start: a step's input is one lookup.
+        table, start = model.transformer.embedding.weight, model.start
+        nothing = torch.zeros_like(table[:1])
+        self.table = torch.cat([table, nothing, nothing if start is None else start[None]]).detach()
+        self.nothing, self.start = len(table), len(table) + 1
         self.first = np.array([layout.offsets[s] if layout.num_streams > 1 else 0 for s in range(layout.num_streams)])
+        self.idle_numbers = np.full(layout.num_streams, 0.5)
         self.allowed = self._allowed()
 
     def _allowed(self) -> Tensor | None:
@@ -156,7 +174,9 @@ class CodecSampler:
     @torch.inference_mode()
     def _encode(self, slot: int, state: _Slot) -> None:
         """Fill the slot's cache with all but the last tokens, which the next step embeds."""
-        caches = [(self.cache, state.text)] + ([(self.free_cache, state.text[:0])] if state.scale != 1 else [])
+        caches = [(self.cache, state.text)]
+        if state.scale != 1 and self.free_cache is not None:
+            caches.append((self.free_cache, state.text[:0]))
         for cache, text in caches:
             inputs = torch.full((1, len(text) + state.step, self.layout.num_streams), NOTHING)
             inputs[0, len(text) + 1 :] = torch.from_numpy(state.tokens[: max(0, state.step - 1)])
@@ -186,31 +206,31 @@ class CodecSampler:
 
     def _logits(self, rows: Sequence[_Slot | None]) -> Tensor:
         """``[slots, streams, ids]``, guided where a row asks for it."""
-        last = np.full((self.slots, 1, self.layout.num_streams), NOTHING)
+        last = np.full((self.slots, self.layout.num_streams), self.nothing)
         for slot, row in enumerate(rows):
             if row and row.step:
-                last[slot, 0] = row.tokens[row.step - 1]
-        start = torch.tensor([0 if row and row.step == 0 else -1 for row in rows], device=self.device)
-        nothing = torch.full((self.slots, 1), NOTHING, device=self.device)
-        x = self.model.embed(torch.from_numpy(last).to(self.device), nothing, start)[:, 0]
-        hidden = self.cache.step(x, [len(row.text) + row.step if row else 0 for row in rows])
-        logits = self.model.transformer.logits(hidden)
+                tokens = row.tokens[row.step - 1]
+                last[slot] = np.where(tokens < 0, self.nothing, tokens)
+            elif row:
+                last[slot, 0] = self.start
+        x = F.embedding_bag(torch.from_numpy(last).to(self.device), self.table, mode="sum")
+        logits = self.cache.step(x, [len(row.text) + row.step if row else 0 for row in rows])
         scales = [row.scale if row else 1.0 for row in rows]
         if any(scale != 1 for scale in scales):
             assert self.free_cache is not None
-            hidden = self.free_cache.step(x, [row.step if row and row.scale != 1 else 0 for row in rows])
-            free = self.model.transformer.logits(hidden)
+            free = self.free_cache.step(x, [row.step if row and row.scale != 1 else 0 for row in rows])
             scale = torch.tensor(scales, device=self.device)[:, None, None]
             logits = torch.where(scale == 1, logits, free + scale * (logits - free))
         return logits
 
     def _draw(self, rows: Sequence[_Slot | None], logits: Tensor) -> np.ndarray:
-        steps = [row.step if row else 0 for row in rows]
         if self.allowed is not None:
-            logits = logits + self.allowed[[step % self.layout.stride for step in steps]]
-        numbers = uniforms([row.seed if row else 0 for row in rows], [row.drawn if row else 0 for row in rows],
-                           self.layout.num_streams)
-        return draw(logits, numbers, [row.draw if row else Draw() for row in rows]).cpu().numpy()
+            logits = logits + self.allowed[[row.step % self.layout.stride if row else 0 for row in rows]]
+        how = [row.draw if row else Draw() for row in rows]
+        if how != self.drawer.how:
+            self.drawer = Drawer(how, self.device)
+        numbers = np.stack([row.numbers if row else self.idle_numbers for row in rows])
+        return self.drawer(logits, numbers).cpu().numpy()
 
 
 @dataclass(frozen=True)

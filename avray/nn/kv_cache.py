@@ -1,40 +1,46 @@
 """A transformer that steps: cached keys and values of a fixed number of rows, each row at its own position.
 
 A row's results are a function of its own tokens and the number of rows, to the bit (float32 on CPU), because every
-operation has the same shape whoever else is there. Attention is the one whose cost should follow the longest row:
-the cache is cut into blocks of ``BLOCK`` positions, each attended to by itself (the same kernel at the same shape
-however many blocks there are), and the blocks' results are joined by their weights, where a block past a row's
-position weighs exactly 0. A prompt is encoded alone, at its own length.
+product has the same shape whoever else is there; only attention is cut to the longest row, rounded up to 64 positions,
+and there a masked position weighs exactly 0 and is added last. A prompt is encoded alone, at its own length.
+
+Keys and values share a tensor and are written by one ``index_copy_`` whose index serves every layer: at a width of 384
+an eager call costs as much as its arithmetic.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avray.nn.transformer import Block, Transformer
+from avray.nn.native import NativeStep
+from avray.nn.transformer import Transformer
 
-BLOCK = 256
-FAR = -1e30
+ROUND = 64
+Weights = Literal["torch", "float32", "bfloat16", "int8"]
 
 
 class CachedTransformer:
-    """Keys and values ``[layers, blocks, rows, kv heads, BLOCK, head]`` of a transformer in eval mode."""
+    """Keys and values ``[layers, rows, 2 x kv heads, context, head]`` of a transformer in eval mode, and its step:
+    torch's own, or the compiled one (``avray.nn.native``) with weights of the type named; there bfloat16 and int8 keep
+    keys and values in bfloat16."""
 
-    def __init__(self, transformer: Transformer, rows: int):
+    def __init__(self, transformer: Transformer, rows: int, weights: Weights = "torch"):
         config = transformer.config
         weight = transformer.norm.weight
+        dtype = torch.bfloat16 if weights in ("bfloat16", "int8") else weight.dtype
         self.transformer, self.rows = transformer, rows
-        self.num_blocks = math.ceil(config.context / BLOCK)
-        shape = (config.num_layers, self.num_blocks, rows, config.kv_heads, BLOCK, config.head_dim)
-        self.keys = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.slots = torch.arange(rows, device=weight.device)
-        self.offsets = torch.arange(self.num_blocks * BLOCK, device=weight.device).view(self.num_blocks, 1, BLOCK)
+        context = -(-config.context // ROUND) * ROUND
+        self.cache = torch.zeros(config.num_layers, rows, 2 * config.kv_heads, context, config.head_dim,
+                                 device=weight.device, dtype=dtype)
+        self.lines = (torch.arange(rows * 2 * config.kv_heads, device=weight.device) * context).view(rows, -1)
+        self.positions = torch.arange(context, device=weight.device)
+        self.native = None if weights == "torch" else NativeStep(transformer, self.cache, weights)
 
     @torch.inference_mode()
     def prefill(self, row: int, x: Float[Tensor, "time width"]) -> None:
@@ -42,48 +48,46 @@ class CachedTransformer:
         if not len(x):
             return
         config = self.transformer.config
-        x, angles = self.transformer.place(x[None], torch.arange(len(x), device=x.device))
-        for layer, block in enumerate(self.transformer.blocks):
+        x, angles = self.transformer.place(x[None], self.positions[: len(x)])
+        for cache, block in zip(self.cache, self.transformer.blocks, strict=True):
             query, key, value = block.attention.project(block.norm1(x), angles)
-            for cache, new in ((self.keys, key), (self.values, value)):
-                for index, part in enumerate(new[0].split(BLOCK, dim=1)):
-                    cache[layer, index, row, :, : part.shape[1]] = part
-            if layer + 1 < config.num_layers:
-                mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True,
-                                                       enable_gqa=config.kv_heads != config.num_heads)
-                x = x + block.attention.out(mixed.transpose(1, 2).flatten(2))
-                x = x + block.mlp(block.norm2(x))
+            cache[row, : config.kv_heads, : x.shape[1]] = key[0]
+            cache[row, config.kv_heads :, : x.shape[1]] = value[0]
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=config.grouped)
+            x = x + block.attention.out(mixed.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.norm2(x))
 
     @torch.inference_mode()
-    def step(self, x: Float[Tensor, "rows width"], positions: list[int]) -> Float[Tensor, "rows width"]:
-        """Hidden states of one further step of every row. A row nobody uses may stand at position 0."""
+    def step(self, x: Float[Tensor, "rows width"],
+             positions: Sequence[int]) -> Float[Tensor, "rows streams ids"]:
+        """Logits after one further step of every row, valid until the next. A row nobody uses may stand at 0."""
+        config = self.transformer.config
         at = torch.tensor(positions, device=x.device)
-        num_blocks = max(positions) // BLOCK + 1
-        # [blocks, rows, heads, 1, BLOCK]: 0 up to the row's own position, far below any score after it.
-        mask = torch.where(self.offsets[:num_blocks] <= at[:, None], 0.0, FAR).to(x.dtype)[:, :, None, None]
-        x, angles = self.transformer.place(x[:, None], at[:, None])
-        angles = angles if angles is None else angles[:, None]
-        for layer, block in enumerate(self.transformer.blocks):
-            x = self._block(x, layer, block, angles, at, num_blocks, mask)
-        return self.transformer.norm(x)[:, 0]
+        x, angles = self.transformer.place(x, at)
+        if self.native is not None:
+            return self.native(x, at, angles).unflatten(-1, (config.num_streams, -1))
+        length, mask = max(positions) + 1, None
+        if self.rows > 1:
+            length = -(-length // ROUND) * ROUND
+            mask = torch.where(self.positions[:length] <= at[:, None], 0.0, -torch.inf).to(x.dtype)[:, None, None]
+        lines = (self.lines + at[:, None]).flatten()
+        angles = None if angles is None else angles[:, None]
+        for cache, block in zip(self.cache, self.transformer.blocks, strict=True):
+            x = _step(block, x, cache, lines, length, mask, angles)
+        return self.transformer.logits(self.transformer.norm(x))
 
-    def _block(self, x: Tensor, layer: int, block: Block, angles: Tensor | None, at: Int[Tensor, " rows"],
-               num_blocks: int, mask: Tensor) -> Tensor:
-        query, key, value = block.attention.project(block.norm1(x), angles)
-        self.keys[layer][at // BLOCK, self.slots, :, at % BLOCK] = key[:, :, 0]
-        self.values[layer][at // BLOCK, self.slots, :, at % BLOCK] = value[:, :, 0]
-        mixed = self._attend(query, self.keys[layer, :num_blocks], self.values[layer, :num_blocks], mask)
-        x = x + block.attention.out(mixed.flatten(1)[:, None])
-        return x + block.mlp(block.norm2(x))
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        num_blocks, rows, kv_heads, _, head_dim = keys.shape
-        grouped = query.view(1, rows, kv_heads, -1, head_dim)
-        scores = grouped @ keys.transpose(-1, -2) * head_dim**-0.5 + mask
-        greatest = scores.amax(dim=(0, -1), keepdim=True)
-        weights = (scores - greatest).exp()
-        # One product gives each block's weighted values, another its weight; joined over all the blocks there could
-        # be, so that the sum has one order.
-        parts = weights @ values
-        sums = weights @ torch.ones(BLOCK, 1, dtype=values.dtype, device=values.device)
-        return (parts.sum(0) / sums.sum(0)).view(rows, -1, head_dim)
+def _step(block: nn.Module, x: Tensor, cache: Tensor, lines: Tensor, length: int, mask: Tensor | None,
+          angles: Tensor | None) -> Tensor:
+    attention, config, rows = block.attention, block.attention.config, len(x)
+    heads = attention.qkv(block.norm1(x)).view(rows, -1, config.head_dim)
+    query, fresh = heads[:, : config.num_heads], heads[:, config.num_heads :]
+    if angles is not None or config.qk_norm:
+        query, key, value = attention.turn(heads, angles, dim=1)
+        fresh = torch.cat([key, value], dim=1)
+    cache.view(-1, config.head_dim).index_copy_(0, lines, fresh.reshape(-1, config.head_dim))
+    mixed = F.scaled_dot_product_attention(query.unsqueeze(2), cache[:, : config.kv_heads, :length],
+                                           cache[:, config.kv_heads :, :length], attn_mask=mask,
+                                           enable_gqa=config.grouped)
+    x = x + attention.out(mixed.view(rows, -1))
+    return x + block.mlp(block.norm2(x))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -88,14 +88,6 @@ class Layout:
         return None
 
 
-class Pattern(Protocol):
-    """A choice of layout. ``name`` is what ``pattern=`` takes."""
-
-    name: str
-
-    def layout(self, num_codebooks: int, cardinality: int) -> Layout: ...
-
-
 @dataclass(frozen=True)
 class Flatten:
     """All codebooks of a frame one after the other in one stream. Without ``offsets`` the codebooks share ids, as
@@ -139,18 +131,21 @@ class Parallel:
                       tuple(k * cardinality for k in codebooks))
 
 
+Pattern = Flatten | Delay | Parallel
 PATTERNS: dict[str, type[Pattern]] = {"flatten": Flatten, "delay": Delay, "parallel": Parallel}
+"""By the name that ``pattern=`` takes."""
 
 
 def read_pattern(value: Pattern | str | Mapping[str, Any]) -> Pattern:
     """A pattern from its name, or from its name and settings as YAML and checkpoints hold them."""
-    if isinstance(value, tuple(PATTERNS.values())):
+    if isinstance(value, Flatten | Delay | Parallel):
         return value
     settings = {"name": value} if isinstance(value, str) else dict(value)
-    kind = PATTERNS.get(settings.pop("name", ""))
+    name = settings.pop("name", "")
+    kind = PATTERNS.get(name)
     if kind is None:
         raise ValueError(f"pattern = {value!r} is not one of {', '.join(PATTERNS)}.")
     unknown = set(settings) - {field.name for field in fields(kind)}
     if unknown:
-        raise ValueError(f"pattern.{min(unknown)} is not a setting of pattern={kind.name}.")
+        raise ValueError(f"pattern.{min(unknown)} is not a setting of pattern={name}.")
     return kind(**settings)

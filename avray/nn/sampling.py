@@ -34,17 +34,12 @@ class Draw:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} must be above 0 and at most 1.")
 
-    @property
-    def truncates(self) -> bool:
-        return self.temperature == 0 or self.top_k is not None or (self.top_p is not None and self.top_p < 1)
-
-
-def uniforms(seeds: Sequence[int], steps: Sequence[int], num_streams: int) -> np.ndarray:
-    """Numbers ``[rows, streams]`` float64 in (0, 1) with 32 random bits, a function of (seed, step, stream) alone:
+def uniforms(seed: int, first_step: int, num_steps: int, num_streams: int) -> np.ndarray:
+    """Numbers ``[steps, streams]`` float64 in (0, 1) with 32 random bits, a function of (seed, step, stream) alone:
     two rounds of splitmix64 (Steele et al., 2014)."""
-    seed = np.array([s % 2**64 for s in seeds], np.uint64)[:, None]
-    counter = np.asarray(steps, np.uint64)[:, None] * np.uint64(num_streams) + np.arange(num_streams, dtype=np.uint64)
-    bits = _mix(_mix(seed) ^ _mix(counter + np.uint64(0x632BE59BD9B4E019)))
+    counter = np.arange(first_step * num_streams, (first_step + num_steps) * num_streams, dtype=np.uint64)
+    counter = counter.reshape(num_steps, num_streams) + np.uint64(0x632BE59BD9B4E019)
+    bits = _mix(_mix(np.array([seed % 2**64], np.uint64)) ^ _mix(counter))
     return ((bits >> np.uint64(32)).astype(np.float64) + 0.5) / 2**32
 
 
@@ -55,27 +50,41 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def draw(logits: Float[Tensor, "rows streams ids"], numbers: np.ndarray,
-         how: Sequence[Draw]) -> Int[Tensor, "rows streams"]:
-    """Ids drawn with the uniform ``numbers`` ``[rows, streams]``, row i as ``how[i]`` says."""
-    temperatures = torch.tensor([d.temperature or 1.0 for d in how], device=logits.device)
-    scaled = logits.float() / temperatures[:, None, None]
-    if any(d.truncates for d in how):
-        scaled = scaled.masked_fill(scaled < _thresholds(scaled, how), -torch.inf)
-    cumulative = torch.softmax(scaled, dim=-1, dtype=torch.float64).cumsum(-1)
-    wanted = torch.from_numpy(numbers).to(logits.device)[..., None] * cumulative[..., -1:]
-    return (cumulative <= wanted).sum(-1)
+class Drawer:
+    """Draws for rows whose settings stay the same for a while, row i as ``how[i]`` says."""
 
+    def __init__(self, how: Sequence[Draw], device: torch.device | str = "cpu"):
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, device=device)[:, None, None]
 
-def _thresholds(scaled: Tensor, how: Sequence[Draw]) -> Tensor:
-    """The least logit ``[rows, streams, 1]`` that each row keeps."""
-    num_ids = scaled.shape[-1]
-    keep = torch.tensor([1 if d.temperature == 0 else min(d.top_k or num_ids, num_ids) for d in how],
-                        device=scaled.device)[:, None, None]
-    mass = torch.tensor([2.0 if d.top_p in (None, 1) else d.top_p for d in how], device=scaled.device)[:, None, None]
-    ordered = scaled.sort(dim=-1, descending=True).values
-    ordered = ordered.masked_fill(torch.arange(num_ids, device=scaled.device) >= keep, -torch.inf)
-    probabilities = torch.softmax(ordered, dim=-1)
-    before = probabilities.cumsum(-1) - probabilities
-    last = ((before < mass) & (ordered > -torch.inf)).sum(-1, keepdim=True).clamp(min=1) - 1
-    return ordered.gather(-1, last)
+        self.how = list(how)
+        kept = [1 if d.temperature == 0 else d.top_k or 0 for d in how]
+        self._temperature = column([d.temperature or 1.0 for d in how])
+        self._kept, self._most_kept = column(kept), max(kept)
+        self._mass = column([d.top_p or 1.0 for d in how])
+        self._nucleus = any((d.top_p or 1) < 1 for d in how)
+
+    def __call__(self, logits: Float[Tensor, "rows streams ids"], numbers: np.ndarray) -> Int[Tensor, "rows streams"]:
+        """Ids drawn with the uniform ``numbers`` ``[rows, streams]``."""
+        scaled = logits.float() / self._temperature
+        if self._most_kept:
+            scaled = scaled.masked_fill(scaled < self._kth(scaled), -torch.inf)
+        if self._nucleus:
+            scaled = scaled.masked_fill(scaled < self._least(scaled), -torch.inf)
+        cumulative = torch.softmax(scaled, dim=-1).cumsum(-1, dtype=torch.float64)
+        wanted = torch.from_numpy(numbers).to(logits.device).unsqueeze(-1) * cumulative[..., -1:]
+        return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
+
+    def _kth(self, scaled: Tensor) -> Tensor:
+        """Each row's k-th greatest logit ``[rows, streams, 1]``, -inf for a row that keeps all."""
+        greatest = scaled.topk(min(self._most_kept, scaled.shape[-1])).values
+        at = (self._kept - 1).clamp(0, greatest.shape[-1] - 1).expand(*scaled.shape[:2], 1)
+        return greatest.gather(-1, at).masked_fill(self._kept == 0, -torch.inf)
+
+    def _least(self, scaled: Tensor) -> Tensor:
+        """The least logit ``[rows, streams, 1]`` among those that reach each row's mass, -inf for one without."""
+        ordered = scaled.sort(dim=-1, descending=True).values
+        probabilities = torch.softmax(ordered, dim=-1)
+        before = probabilities.cumsum(-1) - probabilities
+        last = (before < self._mass).sum(-1, keepdim=True) - 1
+        return ordered.gather(-1, last).masked_fill(self._mass == 1, -torch.inf)

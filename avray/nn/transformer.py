@@ -76,6 +76,10 @@ class TransformerConfig:
         return self.num_kv_heads or self.num_heads
 
     @property
+    def grouped(self) -> bool:
+        return self.kv_heads != self.num_heads
+
+    @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
 
@@ -125,22 +129,26 @@ class Attention(nn.Module):
         self.query_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
 
-    def project(self, x: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``[batch, time, width]`` -> queries, keys, values ``[batch, heads, time, head]``, ready to attend."""
+    def turn(self, heads: Tensor, angles: Tensor | None, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (split along ``dim``), normed and rotated: ready to attend."""
         config = self.config
-        heads = self.qkv(x).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-        query, key, value = heads.split([config.num_heads, config.kv_heads, config.kv_heads], dim=1)
-        if self.query_norm is not None:
+        query, key, value = heads.split([config.num_heads, config.kv_heads, config.kv_heads], dim=dim)
+        if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
         return query, key, value
 
+    def project(self, x: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``[batch, time, width]`` -> queries, keys, values ``[batch, heads, time, head]``."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        return self.turn(heads, angles, dim=1)
+
     def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
         query, key, value = self.project(x, angles)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True,
-                                               enable_gqa=self.config.kv_heads != self.config.num_heads)
+                                               enable_gqa=self.config.grouped)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -207,12 +215,13 @@ class Transformer(nn.Module):
         embedded = self.embedding(tokens.clamp(min=0)) * (tokens >= 0).unsqueeze(-1)
         return embedded.sum(dim=2) if tokens.shape[2] > 1 else embedded.squeeze(2)
 
-    def place(self, x: Tensor, positions: Int[Tensor, "*batch time"]) -> tuple[Tensor, Tensor | None]:
+    def place(self, x: Tensor, positions: Int[Tensor, "*time"]) -> tuple[Tensor, Tensor | None]:
         """Add absolute positions to ``x``, or give the angles ``[*batch, time, head]`` of rotary ones."""
         if self.config.positions == "rotary":
             return x, rotary(positions, self.config.head_dim, self.config.rotary_base)
         if self.config.positions == "sinusoidal":
             return x + sinusoids(positions, self.config.width).to(x.dtype), None
+        assert self.position is not None
         return x + self.position(positions), None
 
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:

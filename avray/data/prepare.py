@@ -46,7 +46,8 @@ def prepare_training(family: Family, data: DataSettings, run_dir: Path, progress
     dataset = open_dataset(family, data, run_dir / "rejects.jsonl")
     for split in ("train", "validation"):
         if split not in dataset.plans:
-            raise DataError(f"The data set has no {split} rows: give more recordings, or another data.validation_fraction.")
+            raise DataError(f"The data set has no {split} rows: give more recordings, or another "
+                            "data.validation_fraction.")
     train, held_out = dataset.plans["train"], [plan for name, plan in dataset.plans.items() if name != "train"]
     cache = Cache(data.cache)
     before = family.columns(None)
@@ -57,10 +58,8 @@ def prepare_training(family: Family, data: DataSettings, run_dir: Path, progress
     fitted = family.fit(iter(sample_rows(sample, cache, before, data.fit_rows)))
     columns = family.columns(fitted)
     embed(held_out, columns, cache, data, dataset, progress, "the held-out rows")
-    missing = cache.missing(train, columns) if data.mode == "prepared" else []
-    if missing:
-        raise DataError(f"data.mode=prepared and the cache lacks {len(missing)} of {len(train.shards)} training shards: run "
-                        "pipelines/prepare.py with the same settings, or take data.mode=stream.")
+    if data.mode == "prepared":
+        require(cache, [train], columns)
     return Prepared(dataset, train, dataset.plans["validation"], dataset.plans.get("test"), fitted, columns)
 
 
@@ -73,7 +72,7 @@ def prepare_all(settings: PrepareSettings, family: Family) -> str:
     prepared = prepare_training(family, replace(data, mode="stream"), run_dir, settings.logging.progress)
     cache = Cache(data.cache)
     plans = list(prepared.dataset.plans.values())
-    computed = embed(plans, prepared.columns, cache, data, prepared.dataset, settings.logging.progress, "all rows")
+    computed = embed(plans, prepared.columns, cache, replace(data, mode="stream"), prepared.dataset, settings.logging.progress, "all rows")
     lost = {name: reason for plan in plans for name, reason in cache.rejects(plan, prepared.columns).items()}
     total = sum(plan.num_examples for plan in plans)
     summary = {"rows": prepared.dataset.counts(), "examples": total, "examples_rejected": len(lost),
@@ -102,9 +101,20 @@ def check(settings: PrepareSettings) -> str:
 def embed(plans: list[Plan], columns: list[Column], cache: Cache, data: DataSettings, dataset: Dataset, progress: str,
           what: str) -> int:
     """The missing shards of these plans, through Ray Data's actors; how many were computed."""
+    if data.mode == "prepared":
+        require(cache, plans, columns)
+        return 0
     together = Plan("together", tuple({shard.name: shard for plan in plans for shard in plan.shards}.values()))
     return prepare(together, columns, cache, pool_of(data), dataset.limits,
                    counter(progress, f"Encoding {what}", "shards"))  # type: ignore[arg-type]
+
+
+def require(cache: Cache, plans: list[Plan], columns: list[Column]) -> None:
+    """DataError where the cache lacks a shard: ``data.mode=prepared`` encodes nothing."""
+    missing = sum(len(cache.missing(plan, columns)) for plan in plans)
+    if missing:
+        raise DataError(f"data.mode=prepared and the cache lacks {missing} of {sum(len(p.shards) for p in plans)} shards: "
+                        "run pipelines/prepare.py with the same settings, or take data.mode=stream.")
 
 
 def family_needs_no_fit(before: list[Column], family: Family) -> bool:
@@ -136,8 +146,9 @@ def sample_rows(plan: Plan, cache: Cache, columns: list[Column], limit: int) -> 
 def enforce(lost: int, total: int, max_fraction: float, rejects: Path) -> None:
     """DataError when more examples were lost in decoding than is allowed."""
     if total and lost / total > max_fraction:
-        raise DataError(f"{lost} of {total} examples could not be decoded, over data.max_reject_fraction={max_fraction:g}; "
-                        f"the reasons are in {rejects}: mend the files, or raise the threshold.")
+        raise DataError(f"{lost} of {total} examples could not be decoded, over "
+                        f"data.max_reject_fraction={max_fraction:g}; the reasons are in {rejects}: mend the files, or "
+                        "raise the threshold.")
 
 
 def write_lost(lost: dict[str, str], path: Path) -> None:

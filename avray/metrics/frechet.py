@@ -19,6 +19,7 @@ from jaxtyping import Float
 from avray.media import Audio
 
 Vectors = Float[np.ndarray, "count dim"]
+Others = Float[np.ndarray, "other_count dim"]  # a second set: of another count
 
 
 @dataclass
@@ -71,7 +72,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(0.0, float(distance - 2 * np.sqrt(np.maximum(cross, 0)).sum()))
 
 
-def kernel_distance(a: Vectors, b: Vectors) -> float:
+def kernel_distance(a: Vectors, b: Others) -> float:
     """Unbiased squared maximum mean discrepancy under the kernel (x·y/dim + 1)³ (Bińkowski et al. 2018, KID).
     Needs no Gaussian and is unbiased at any count, so it can be slightly negative. Holds all pairs: a few
     thousand vectors. ValueError below two of either."""

@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float
 
 Samples = Float[np.ndarray, " time"]
+Target = Float[np.ndarray, " target_time"]  # a length of its own: two lengths are refused with a sentence
 
 
-def si_sdr(estimate: Samples, target: Samples) -> float:
+def si_sdr(estimate: Samples, target: Target) -> float:
     """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019), means removed; within ±100 dB,
     so that one perfect or hopeless example does not own an average. nan for a constant target, which has no
     signal. ValueError for two lengths."""

@@ -20,9 +20,10 @@ _WINDOW_S = 0.04
 _NUM_BANDS = 64
 
 Samples = Float[np.ndarray, " time"]
+Target = Float[np.ndarray, " target_time"]  # a length of its own: two lengths are refused with a sentence
 
 
-def log_spectral_distance(a: Samples, b: Samples, sample_rate_hz: int) -> float:
+def log_spectral_distance(a: Samples, b: Target, sample_rate_hz: int) -> float:
     """Mean over frames of the root mean square over bins of the difference of two power spectra in dB (Gray
     and Markel 1976). Frames: Hann, the power of two nearest to 40 ms, a quarter of it apart. ValueError for
     two lengths."""
@@ -32,7 +33,7 @@ def log_spectral_distance(a: Samples, b: Samples, sample_rate_hz: int) -> float:
     return float(np.sqrt(np.square(difference).mean(axis=1)).mean())
 
 
-def log_mel_distance(a: Samples, b: Samples, sample_rate_hz: int) -> float:
+def log_mel_distance(a: Samples, b: Target, sample_rate_hz: int) -> float:
     """Mean absolute difference in dB of 64 mel bands from 0 Hz to half the rate (HTK scale, triangles that
     peak at 1), over the frames of ``log_spectral_distance``. ValueError for two lengths."""
     _same_length(a, b)
@@ -42,7 +43,7 @@ def log_mel_distance(a: Samples, b: Samples, sample_rate_hz: int) -> float:
     return float(np.abs(mels[0] - mels[1]).mean())
 
 
-def multi_resolution_stft_distance(estimate: Samples, target: Samples) -> float:
+def multi_resolution_stft_distance(estimate: Samples, target: Target) -> float:
     """Spectral convergence plus the mean absolute difference of natural log magnitudes, averaged over windows
     of 512, 1024 and 2048 samples, a quarter of it apart (the loss of Parallel WaveGAN, Yamamoto et al. 2020,
     with the floor of this module). ValueError for two lengths; inf for a silent target and an estimate that
@@ -81,7 +82,7 @@ def decibels(power: np.ndarray) -> np.ndarray:
     return 10 * np.log10(np.maximum(power, 10 ** (FLOOR_DB / 10)))
 
 
-def _same_length(a: Samples, b: Samples) -> None:
+def _same_length(a: Samples, b: Target) -> None:
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} samples do not compare: cut them to one length.")
 

@@ -74,3 +74,26 @@ def test_a_hundred_thousand_frames_take_seconds() -> None:
     start = time.monotonic()
     ResidualKMeans(8, 1024, 256).fit(data, 0)
     assert time.monotonic() - start < 60
+
+
+def test_a_round_trip_gets_better_with_codebooks() -> None:
+    from avray.codecs.round_trip import round_trip_table
+    from avray.codecs.spectral import Spectral
+    from avray.media import Audio
+
+    time_s = np.arange(3 * 16_000) / 16_000
+    sweep = 0.3 * np.sin(2 * np.pi * (200 + 300 * time_s) * time_s).astype("f4")
+    audio = Audio(np.stack([sweep, sweep]), 16_000)
+    config = Spectral(num_codebooks=4, cardinality=16)
+    latents = config.load().encode_batch([np.random.default_rng(0).normal(0, 0.1, 9_000).astype("f4"), sweep])
+    codec = config.load("cpu", config.fit(np.concatenate(latents), 0))
+    rows = round_trip_table(codec, audio)
+    assert [row.codebooks for row in rows] == [1, 2, 4]
+    assert [row.bits_per_second for row in rows] == [300, 600, 1200]
+    distances = [row.spectral_distance_db for row in [*rows, *round_trip_table(codec, audio, [0])]]
+    assert distances == sorted(distances, reverse=True) and len(set(distances)) == 4
+    assert rows[0].audio.samples.shape == (1, 72_000) and rows[0].audio.sample_rate_hz == 24_000
+    with pytest.raises(ValueError, match="5 codebooks asked for, but the codec has 4"):
+        round_trip_table(codec, audio, [5])
+    with pytest.raises(ValueError, match="no codes before it is fitted"):
+        round_trip_table(config.load(), audio)

@@ -38,7 +38,7 @@ def test_equals_stock_without_dropout(blocked, masked, monkeypatch):
     ours, stock = pair()
     if blocked:
         monkeypatch.setattr(encoder, "_BLOCK_ELEMENTS", 3 * 37)
-        monkeypatch.setattr(encoder._Mask, "__init__", lambda self, rate: vars(self).update(keep=1.0))
+        monkeypatch.setattr(encoder._Mask, "__init__", lambda self, rate, seed: vars(self).update(keep=1.0))
         monkeypatch.setattr(encoder._Mask, "fill", lambda self, out: out.fill_(1))
         for layer in ours.layers:
             layer.attention.dropout = 1e-9
@@ -63,7 +63,7 @@ def test_blocked_attention_drops_weights_and_keeps_the_mean():
     torch.manual_seed(5)
     out = encoder._blocked_attention(q, k, v, None, 0.3)
     torch.manual_seed(5)
-    mask = encoder._Mask(0.3)
+    mask = encoder._Mask(0.3, encoder._draw_seed())
     kept = mask.fill(torch.empty(4, 9, 9)).view(2, 2, 9, 9)
     expected = (torch.softmax(q @ k.mT / 2, -1) * kept / mask.keep) @ v
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
@@ -73,9 +73,7 @@ def test_blocked_attention_drops_weights_and_keeps_the_mean():
 
 
 def test_masks_are_independent_bernoulli():
-    torch.manual_seed(2)
-    kept = encoder._Mask(0.1).fill(torch.empty(2_000_003))
-    again = encoder._Mask(0.1).fill(torch.empty(2_000_003))
+    kept, again = (encoder._Mask(0.1, seed).fill(torch.empty(2_000_003)) for seed in (2, 3))
     deviation = (0.1 * 0.9 / 2e6) ** 0.5
     assert set(kept.unique().tolist()) == {0.0, 1.0}
     assert abs(float(kept.mean()) - 0.9) < 5 * deviation

@@ -5,9 +5,11 @@ continuations chain segments, each made from the one before. With its preset thi
 number (859,520 parameters). Its squared error predicts the mean, so the output is quieter and smoother than music is.
 
 ``normalise`` is ours, and costs no parameters. The original feeds latents as they are, which suits EnCodec's (around 0)
-and not log-mel frames (around -8): there ``change`` takes the fitted mean and scale off the input, and lets the model
-say how the next segment differs from the input's mean frame, at first by nothing. On two songs, 16 s spans held out,
-the loss after 240 steps was XX of the best baseline's against XX with ``none``.
+and not log-mel frames (around -8). ``scale`` takes the fitted mean and scale off the input and puts them back on the
+output. ``change`` also adds what a segment usually keeps of the one before's mean frame, by channel and fitted (0.9 in
+real music, 0.2 in the demo's fading phrases), so that the model begins at the best guess a mean frame allows. As shares
+of the best baseline's loss, after 240 steps on pairs 0.5 s apart: ``change`` 0.88 on two real songs, held-out spans, and
+0.58 on the demo's held-out songs; ``scale`` 0.97 and 0.57.
 """
 
 from __future__ import annotations
@@ -128,7 +130,8 @@ class Continuation:
                 number, total, squares = number + len(frames), total + frames.sum(0), squares + (frames**2).sum(0)
                 role_means.append(frames.mean(0))
         mean = total / number
-        scale = np.sqrt(np.maximum(squares / number - mean**2, 1e-8))
+        scale = np.sqrt(np.maximum(squares / number - mean**2, 0))
+        scale = np.maximum(scale, max(0.01 * scale.max(), 1e-6))  # a channel silent in the sample may not be elsewhere
         before, after = (np.array(role_means) - mean for role_means in means.values())
         kept = np.clip((before * after).sum(0) / np.maximum((before**2).sum(0), 1e-8), 0, 1)
         silence = codec.encode_batch([np.zeros(round(self.segment_s * codec.sample_rate_hz), np.float32)])[0]

@@ -101,23 +101,28 @@ def dropout(values: Tensor, rate: float) -> Tensor:
         return values
     if values.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(values, rate)
-    return _Dropout.apply(values, _Mask(rate))
+    return _Dropout.apply(values, _Mask(rate, _draw_seed()))
 
 
 class _Mask:
-    """Draws masks of independent elements, kept with the probability ``keep`` (``1 - rate`` to within 2**-16)."""
+    """Draws masks of independent elements, kept with the probability ``keep`` (``1 - rate`` to within 2**-16): the
+    same ones again for the same seed and the same sizes in the same order."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, seed: int) -> None:
         dropped = min(round(rate * 65536), 65535)
         self.keep = 1 - dropped / 65536
         self._threshold = dropped - 32768
-        self._bits = np.random.Generator(np.random.SFC64(int(torch.randint(2**63 - 1, ()))))
+        self._bits = np.random.Generator(np.random.SFC64(seed))
 
     def fill(self, out: Tensor) -> Tensor:
         """Set contiguous ``out`` to 1 (kept) and 0."""
         words = self._bits.integers(0, 2**64, size=-(-out.numel() // 4), dtype=np.uint64)
         bits = torch.from_numpy(words.view(np.int16)[:out.numel()]).view(out.shape)
         return torch.ge(bits, self._threshold, out=out)
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(2**63 - 1, ()))
 
 
 class _Dropout(torch.autograd.Function):
@@ -140,7 +145,7 @@ def _blocked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, ra
     if valid is not None:
         bias = torch.zeros(valid.shape).masked_fill_(~valid, -math.inf).repeat_interleave(heads, 0)[:, None]
     flat = [part.reshape(batch * heads, time, -1).float() for part in (q, k, v)]
-    return _BlockedAttention.apply(*flat, bias, _Mask(rate)).view(q.shape).to(q.dtype)
+    return _BlockedAttention.apply(*flat, bias, rate, _draw_seed()).view(q.shape).to(q.dtype)
 
 
 def _blocks(num_heads: int, time: int) -> list[tuple[slice, slice]]:
@@ -153,45 +158,44 @@ def _blocks(num_heads: int, time: int) -> list[tuple[slice, slice]]:
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """softmax(q kᵀ / √dim + bias), dropout, times v; on ``[heads, time, dim]`` float32. The forward pass keeps only
-    the mask (a byte an element) and its inputs; the backward pass makes the weights again, block by block."""
+    """softmax(q kᵀ / √dim + bias), dropout, times v; on ``[heads, time, dim]`` float32. Nothing of ``time²`` is kept:
+    the backward pass makes weights and masks again, block by block."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: _Mask):  # type: ignore[no-untyped-def]
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rate: float, seed: int):  # type: ignore[no-untyped-def]
         num_heads, time, _ = q.shape
-        out, kept = torch.empty_like(q), []
-        ctx.blocks = _blocks(num_heads, time)
+        ctx.rate, ctx.seed, ctx.blocks = rate, seed, _blocks(num_heads, time)
+        mask, out = _Mask(rate, seed), torch.empty_like(q)
         buffers = torch.empty(2, _buffer_size(ctx.blocks, time))
         for heads, rows in ctx.blocks:
             shape = (heads.stop - heads.start, rows.stop - rows.start, time)
             scores, keep = (buffer[:math.prod(shape)].view(shape) for buffer in buffers)
             weights = _weights(q[heads, rows], k[heads], None if bias is None else bias[heads], scores)
             weights *= mask.fill(keep)
-            kept.append(keep.to(torch.int8))
             torch.bmm(weights, v[heads], out=out[heads, rows])
         out /= mask.keep
-        ctx.save_for_backward(q, k, v, bias, out, *kept)
-        ctx.keep = mask.keep
+        ctx.save_for_backward(q, k, v, bias, out)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        q, k, v, bias, out, *kept = ctx.saved_tensors
-        _, time, dim = q.shape
+        q, k, v, bias, out = ctx.saved_tensors
+        mask, (_, time, dim) = _Mask(ctx.rate, ctx.seed), q.shape
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         dot = (grad * out).sum(-1, keepdim=True)
-        grad = grad / ctx.keep
+        grad = grad / mask.keep
         buffers = torch.empty(3, _buffer_size(ctx.blocks, time))
-        for (heads, rows), mask in zip(ctx.blocks, kept, strict=True):
-            scores, keep, dropped = (buffer[:mask.numel()].view(mask.shape) for buffer in buffers)
+        for heads, rows in ctx.blocks:
+            shape = (heads.stop - heads.start, rows.stop - rows.start, time)
+            scores, keep, dropped = (buffer[:math.prod(shape)].view(shape) for buffer in buffers)
             weights = _weights(q[heads, rows], k[heads], None if bias is None else bias[heads], scores)
-            torch.mul(weights, keep.copy_(mask), out=dropped)
+            torch.mul(weights, mask.fill(keep), out=dropped)
             grad_v[heads].baddbmm_(dropped.transpose(1, 2), grad[heads, rows])
             torch.bmm(grad[heads, rows], v[heads].transpose(1, 2), out=keep)
             grad_scores = keep.mul_(dropped).addcmul_(weights, dot[heads, rows], value=-1)
             torch.bmm(grad_scores, k[heads], out=grad_q[heads, rows])
             grad_k[heads].baddbmm_(grad_scores.transpose(1, 2), q[heads, rows])
-        return grad_q.mul_(dim**-0.5), grad_k.mul_(dim**-0.5), grad_v, None, None
+        return grad_q.mul_(dim**-0.5), grad_k.mul_(dim**-0.5), grad_v, None, None, None
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor | None, scores: Tensor) -> Tensor:

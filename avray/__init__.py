@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 __all__ = ["load"]
 
 
-def load(checkpoint: str, device: str = "cpu", slots: int = 1):  # type: ignore[no-untyped-def]
+def load(checkpoint: str, device: str = "cpu", slots: int = 1):
     """Open a run, a link or a checkpoint folder for generation; see :class:`avray.engine.Generator`."""
     from avray.engine import Generator
 

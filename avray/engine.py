@@ -21,7 +21,7 @@ from torch import nn
 
 from avray.checkpoint import Checkpoint
 from avray.errors import DataError
-from avray.family import Column, Family, Fitted, Media, Network, Options, Render, Request, Row, role_columns
+from avray.family import Column, Family, Fitted, Media, Modality, Network, Options, Render, Request, Row, role_columns
 from avray.media import Audio, Video, read_audio, resampled_length
 from avray.registry import family_from_settings
 
@@ -144,7 +144,7 @@ class Engine:
         row: Row = {**prompt.fields, "id": "request", "weight": 1.0}
         modalities = {role: _modality(media) for role, media in prompt.media.items()}
         for column in self.columns:
-            for role in role_columns(column, modalities):  # type: ignore[arg-type]
+            for role in role_columns(column, modalities):
                 row[f"{role}.{column.name}"] = self._encode(column, prompt.media[role])
         return row
 
@@ -160,7 +160,7 @@ class Engine:
         joined = _joined(pieces)
         if self.renderer.modality == "audio":
             return Audio(np.zeros((1, 0), np.float32) if joined is None else joined, self.renderer.sample_rate_hz)
-        return "" if joined is None else joined  # type: ignore[no-any-return]
+        return "" if joined is None else joined
 
 
 class Generator:
@@ -285,7 +285,7 @@ def resampled(audio: Audio, sample_rate_hz: int) -> np.ndarray:
     return np.pad(made, (0, length - len(made)))
 
 
-def _modality(media: Media) -> str:
+def _modality(media: Media) -> Modality:
     return "audio" if isinstance(media, Audio) else "video" if isinstance(media, Video) else "text"
 
 

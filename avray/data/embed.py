@@ -125,7 +125,8 @@ class Embedder:
         """Units from a stream of frames, holding no more of it than the units under way."""
         rate = self.network.frame_rate_hz
         pending = sorted(piece.units, key=lambda index: shard.units[index].start_s)
-        held, first = [], 0
+        held: list[np.ndarray] = []
+        first = 0
         for block in itertools.chain(frames, [None]):
             if block is not None:
                 held = [np.concatenate([*held, block])] if len(block) else held

@@ -96,8 +96,8 @@ def plan_split(family: Family, rows: Sequence[Row], split: str, *, shard_example
     recordings = [examples for examples in recordings if examples]
     if not recordings:
         raise DataError(
-            f"No example of {family.segment_s:g} s could be cut from the {split} split: give longer or more recordings, "
-            "or a smaller family.segment_s."
+            f"No example of {family.segment_s:g} s could be cut from the {split} split: give longer or more "
+            "recordings, or a smaller family.segment_s."
         )
     num_examples = sum(map(len, recordings))
     # 64 shards or so keep a small set well mixed; a power of two keeps the cuts where they were while it grows.
@@ -122,7 +122,8 @@ def cut(recordings: Sequence[Sequence[Example]], target: int, shard_seconds: flo
     """Examples in runs of about ``target``: ended by a recording whose hash is 0 mod ``target`` (one in ``target``
     examples on average), and at twice that or at ``shard_seconds`` of media in any case."""
     shard: list[Example] = []
-    seconds, seen = 0.0, set()
+    seconds = 0.0
+    seen: set[Unit] = set()
     for examples in recordings:
         for example in examples:
             fresh = {unit for unit in example.units.values() if unit not in seen}

@@ -20,9 +20,8 @@ from avray.train.job import Job
 from avray.train.samples import Asked, questions, write_samples
 
 
-@ray.remote(num_cpus=0, max_concurrency=4)
 class Board:
-    """A list of messages, emptied by whoever reads it."""
+    """The actor between rank 0 and the driver: a list of messages, emptied by whoever reads it."""
 
     def __init__(self) -> None:
         self.messages: list[tuple[str, Any]] = []
@@ -87,9 +86,10 @@ class Watch:
 
     def sample(self, checkpoint: str, step: int) -> None:
         # A folder of its own: TensorBoard follows one event file a folder, and would lose the trainer's.
-        tensorboard = self.run_dir / "tensorboard" / "samples" if self.job.settings.trainer.loggers.tensorboard else None
-        self.sampling.append(sample.remote(checkpoint, self.asked, str(self.run_dir / "samples" / f"step-{step:08d}"),
-                                           str(tensorboard) if tensorboard else None, step))
+        wanted = self.job.settings.trainer.loggers.tensorboard
+        tensorboard = str(self.run_dir / "tensorboard" / "samples") if wanted else None
+        folder = str(self.run_dir / "samples" / f"step-{step:08d}")
+        self.sampling.append(sample.remote(checkpoint, self.asked, folder, tensorboard, step))
 
     def finish(self) -> None:
         """Wait for the samples under way. One that failed (its checkpoint was pruned meanwhile) is said, not raised."""

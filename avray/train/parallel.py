@@ -61,7 +61,7 @@ class Parallel:
     def synchronising(self, last: bool) -> AbstractContextManager[None]:
         """Gradients travel in the backward pass of a step's last micro-batch only."""
         if self.is_fsdp:
-            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            self.module.set_requires_gradient_sync(last)
             return nullcontext()
         return nullcontext() if last or self.world_size == 1 else self._ddp.no_sync()
 
@@ -89,8 +89,8 @@ class Parallel:
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Restore whole moments, cut into this rank's shards where the parameters are."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        moments = {index: {key: like(parameters[int(index)], value) if isinstance(value, Tensor) and value.ndim else value
-                           for key, value in one.items()} for index, one in state["state"].items()}
+        moments = {index: {key: like(parameters[int(index)], value) if isinstance(value, Tensor) and value.ndim
+                           else value for key, value in one.items()} for index, one in state["state"].items()}
         optimizer.load_state_dict({**state, "state": moments})
 
     def load_model(self, state: Mapping[str, Tensor]) -> None:
@@ -130,7 +130,7 @@ def recompute_activations(model: nn.Module) -> None:
         def recomputed(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-        block.forward = recomputed  # type: ignore[method-assign]
+        block.forward = recomputed
 
 
 def total(values: Sequence[float], device: torch.device) -> list[float]:

@@ -60,7 +60,8 @@ def train(settings: TrainSettings, family: Family) -> dict[str, Any]:
     watch.finish()
     extra = held_out(job, prepared) | ({"memory_bytes": memory_needed(job).as_figures()} if settings.dry_run else {})
     rows = rejected_rows(job, Cache(settings.data.cache), run_dir / "rejects.jsonl")
-    return write_summary(job, outcome, rows, count_parameters(family, prepared.fitted), time.perf_counter() - began, extra)
+    parameters = count_parameters(family, prepared.fitted)
+    return write_summary(job, outcome, rows, parameters, time.perf_counter() - began, extra)
 
 
 def make_job(settings: TrainSettings, family: Family, prepared: Prepared) -> Job:
@@ -97,8 +98,8 @@ def check_run_dir(run_dir: Path, settings: TrainSettings) -> None:
         raise CheckpointError(f"resume=true and {run_dir} has no complete checkpoint: start it without resume, or name "
                               "the run to go on with in run.dir.")
     if existing is not None and not settings.resume:
-        raise ValueError(f"run.dir={run_dir} already holds a run (newest checkpoint: {existing.name}): go on with it by "
-                         "resume=true, or give another run.dir.")
+        raise ValueError(f"run.dir={run_dir} already holds a run (newest checkpoint: {existing.name}): go on with it "
+                         "by resume=true, or give another run.dir.")
     run_dir.mkdir(parents=True, exist_ok=True)
     sweep(run_dir)
 
@@ -121,7 +122,7 @@ def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mappin
     run_dir = Path(settings.run.dir)
     cache = Cache(settings.data.cache)
     reference = ray.put(job)
-    board = Board.remote()
+    board = ray.remote(num_cpus=0, max_concurrency=4)(Board).remote()
     streaming = bool(cache.missing(job.train, columns))
     # Built anew at each start of the group, from where the newest checkpoint stands then.
     datasets = {"train": lambda: first_blocks(ray.get(reference), limits)} if streaming else {}
@@ -151,7 +152,8 @@ def first_blocks(job: Job, limits: Limits) -> ray.data.Dataset:
     step = int(start.name.rpartition("-")[2]) if start is not None else 0
     order = job.train_order
     epoch, in_epoch = divmod(step, order.steps_per_epoch)
-    return block_dataset(job.train, order, job.columns, Cache(job.settings.data.cache), pool_of(job.settings.data), limits, epoch,
+    data = job.settings.data
+    return block_dataset(job.train, order, job.columns, Cache(data.cache), pool_of(data), limits, epoch,
                          in_epoch // order.steps_per_round)
 
 
@@ -168,8 +170,8 @@ def explained(error: BaseException) -> Exception:
             cause = getattr(cause, "cause", None) or cause.__cause__
         text = str(failure)
         if "out of memory" in text.lower() or "OutOfMemory" in type(failure).__name__:
-            return TrainingFailed("A worker ran out of memory: lower trainer.batch_size or raise trainer.accumulate, or take "
-                                  "trainer.activation_checkpointing=true; see docs/troubleshooting.md.")
+            return TrainingFailed("A worker ran out of memory: lower trainer.batch_size or raise trainer.accumulate, "
+                                  "or take trainer.activation_checkpointing=true; see docs/troubleshooting.md.")
         return TrainingFailed(f"A worker failed: {text.strip().splitlines()[-1] if text.strip() else failure!r}")
     return TrainingFailed(str(error).strip().splitlines()[0])
 

@@ -1,7 +1,7 @@
 """A mypy plugin: what a module finds among its parameters, buffers and submodules is of any type.
 
-torch types ``nn.Module.__getattr__`` as ``Tensor | Module``, so that ``block.attention.project(x)`` is an error wherever
-a part was not annotated beside being assigned. Attributes that mypy sees assigned keep their types.
+torch types ``nn.Module.__getattr__`` as ``Tensor | Module``, so that ``block.attention.project(x)`` is an error
+wherever a part was not annotated beside being assigned. Attributes that mypy sees assigned keep their types.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import resource
 import shutil
 import tempfile
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,7 +42,8 @@ def make_recordings(folder: Path, minutes: float, seed: int = 0) -> list[str]:
     from avray.data.demo import make_demo
 
     demo = make_demo(folder / "demo", minutes=4.0, seed=seed)
-    sound = np.concatenate([soundfile.read(path, dtype="float32")[0] for path in sorted(Path(demo.folder).rglob("*.wav"))])
+    sound = np.concatenate([soundfile.read(path, dtype="float32")[0]
+                            for path in sorted(Path(demo.folder).rglob("*.wav"))])
     random = np.random.default_rng(seed)
     paths = []
     for index in range(round(minutes)):
@@ -53,7 +55,7 @@ def make_recordings(folder: Path, minutes: float, seed: int = 0) -> list[str]:
     return paths
 
 
-def plain_worker(paths: list[str], out: str, barrier: multiprocessing.Barrier) -> None:  # type: ignore[valid-type]
+def plain_worker(paths: list[str], out: str, barrier: Barrier) -> None:
     """What one would write without avray: decode, encode, append to a Parquet file."""
     import torch
 
@@ -67,7 +69,8 @@ def plain_worker(paths: list[str], out: str, barrier: multiprocessing.Barrier) -
     with pq.ParquetWriter(out, schema, use_dictionary=False, compression="none") as writer:
         for path in paths:
             latents = network.encode_batch([read_audio(path, sample_rate_hz=24_000).samples[0]])[0].astype(np.float16)
-            writer.write_table(pa.table({"path": [path], "value": [latents.reshape(-1)], "frames": [len(latents)]}, schema))
+            row = {"path": [path], "value": [latents.reshape(-1)], "frames": [len(latents)]}
+            writer.write_table(pa.table(row, schema))
     barrier.wait()
 
 
@@ -75,7 +78,7 @@ def plain(paths: list[str], folder: Path) -> float:
     return two_processes(plain_worker, paths, folder)
 
 
-def network_worker(paths: list[str], out: str, barrier: multiprocessing.Barrier) -> None:  # type: ignore[valid-type]
+def network_worker(paths: list[str], out: str, barrier: Barrier) -> None:
     """The bound: nothing but the network, on samples in memory."""
     import torch
 
@@ -94,10 +97,11 @@ def network_alone(paths: list[str], folder: Path) -> float:
     return two_processes(network_worker, paths, folder)
 
 
-def two_processes(work, paths: list[str], folder: Path) -> float:  # type: ignore[no-untyped-def]
+def two_processes(work, paths: list[str], folder: Path) -> float:
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(3)
-    workers = [context.Process(target=work, args=(paths[i::2], str(folder / f"plain-{i}.parquet"), barrier)) for i in range(2)]
+    workers = [context.Process(target=work, args=(paths[i::2], str(folder / f"plain-{i}.parquet"), barrier))
+               for i in range(2)]
     for worker in workers:
         worker.start()
     barrier.wait()
@@ -109,7 +113,7 @@ def two_processes(work, paths: list[str], folder: Path) -> float:  # type: ignor
     return elapsed
 
 
-def avray_plan(paths: list[str]):  # type: ignore[no-untyped-def]
+def avray_plan(paths: list[str]):
     from avray.data.plan import plan_split
     from avray.families.continuation import Continuation
     from avray.media import content_hash
@@ -145,7 +149,8 @@ def second_pass(paths: list[str], folder: Path) -> tuple[float, int]:
 
     plan = avray_plan(paths)
     began = time.perf_counter()
-    computed = prepare(plan, [Column("latents", Latents(Spectral()))], Cache(str(folder / "cache")), Pool(size=2), Limits())
+    columns, cache = [Column("latents", Latents(Spectral()))], Cache(str(folder / "cache"))
+    computed = prepare(plan, columns, cache, Pool(size=2), Limits())
     return time.perf_counter() - began, computed
 
 
@@ -162,7 +167,7 @@ def with_daft(paths: list[str], folder: Path) -> float:
     return elapsed
 
 
-def daft_worker(paths: list[str], out: str, queue) -> None:  # type: ignore[no-untyped-def]
+def daft_worker(paths: list[str], out: str, queue) -> None:
     import daft
     from daft import DataType
 
@@ -177,7 +182,7 @@ def daft_worker(paths: list[str], out: str, queue) -> None:  # type: ignore[no-u
             self.network = Spectral().load("cpu")
 
         @daft.method(return_dtype=DataType.list(DataType.float32()))
-        def __call__(self, path: str):  # type: ignore[no-untyped-def]
+        def __call__(self, path: str):
             samples = read_audio(path, sample_rate_hz=24_000).samples[0]
             return self.network.encode_batch([samples])[0].reshape(-1)
 
@@ -201,7 +206,7 @@ def peak_memory(hours: float, folder: Path) -> float:
     return peak
 
 
-def memory_worker(hours: float, folder: str, queue) -> None:  # type: ignore[no-untyped-def]
+def memory_worker(hours: float, folder: str, queue) -> None:
     import soundfile
 
     from avray.codecs.base import Latents
@@ -240,7 +245,7 @@ def main() -> None:
     paths = make_recordings(base, options.minutes)
     repeat = iter(range(10**6))
 
-    def fresh(function):  # type: ignore[no-untyped-def]
+    def fresh(function):
         folder = base / f"run-{next(repeat)}"
         folder.mkdir()
         try:
@@ -261,11 +266,13 @@ def main() -> None:
     seconds, computed = second_pass(paths, again)
     print(f"\nSecond pass, unchanged input: {seconds:.2f} s of {first:.1f} s, {computed} shards computed.")
     peaks = {hours: peak_memory(hours, base) for hours in (1 / 6, options.long_hours)}
-    print("\nPeak memory of one embedding process: " + ", ".join(f"{60 * h:.0f} min of input {m:.0f} MiB" for h, m in peaks.items()))
+    print("\nPeak memory of one embedding process: "
+          + ", ".join(f"{60 * h:.0f} min of input {m:.0f} MiB" for h, m in peaks.items()))
     shutil.rmtree(base)
     if options.json:
-        Path(options.json).write_text(json.dumps({"table": table.as_dict(), "second_pass_s": seconds, "computed": computed,
-                                                  "first_pass_s": first, "peak_mib": {str(k): v for k, v in peaks.items()}}))
+        Path(options.json).write_text(json.dumps({
+            "table": table.as_dict(), "second_pass_s": seconds, "computed": computed, "first_pass_s": first,
+            "peak_mib": {str(k): v for k, v in peaks.items()}}))
 
 
 if __name__ == "__main__":

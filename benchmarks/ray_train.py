@@ -27,11 +27,11 @@ from avray.registry import family_from_settings
 from benchmarks.measure import Table, interleaved
 
 
-def settings(base: str, run: str, steps: int):  # type: ignore[no-untyped-def]
+def settings(base: str, run: str, steps: int):
     return compose(TRAIN, [f"data.cache={base}/cache", f"data.demo_dir={base}/demo", f"run.dir={base}/{run}",
                            "trainer.num_workers=2", f"trainer.max_steps={steps}", "trainer.log_every_steps=10",
-                           "trainer.validate_every_steps=0", "trainer.num_samples=0", "trainer.checkpoint_every_steps=0",
-                           "trainer.loggers.tensorboard=false"])
+                           "trainer.validate_every_steps=0", "trainer.num_samples=0",
+                           "trainer.checkpoint_every_steps=0", "trainer.loggers.tensorboard=false"])
 
 
 def steady(run_dir: Path) -> float:

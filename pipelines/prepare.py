@@ -1,4 +1,5 @@
-"""Encode a data set into the cache, or report what it holds: ``python pipelines/prepare.py [dry_run=true] [key=value …]``."""
+"""Encode a data set into the cache, or report what it holds:
+``python pipelines/prepare.py [dry_run=true] [key=value …]``."""
 
 from avray.cli import PREPARE, run_command
 from avray.config import PrepareSettings

@@ -62,8 +62,8 @@ def test_a_second_pass_opens_no_network_and_computes_nothing(tmp_path, rows):
 def test_another_file_renames_only_the_shard_it_lands_in(tmp_path, rows):
     many = [{**rows[0], "id": f"x{i}", "audio": f"x{i}.wav", "audio_hash": f"h{i}"} for i in range(200)]
     before = plan_split(ToyFamily(), many, "train", shard_examples=16)
-    after = plan_split(ToyFamily(), [*many[:100], {**many[0], "id": "new", "audio": "n.wav", "audio_hash": "n"}, *many[100:]],
-                       "train", shard_examples=16)
+    new = {**many[0], "id": "new", "audio": "n.wav", "audio_hash": "n"}
+    after = plan_split(ToyFamily(), [*many[:100], new, *many[100:]], "train", shard_examples=16)
     kept = {shard.name for shard in before.shards} & {shard.name for shard in after.shards}
     assert len(before.shards) > 10
     assert len(kept) >= len(before.shards) - 2
@@ -144,9 +144,10 @@ Embedder(column(), Cache({str(tmp_path / 'cache')!r})).ensure(plan.shards[0])
     import pickle
 
     (tmp_path / "plan").write_bytes(pickle.dumps(plan))
+    root = Path(__file__).parents[1]
     codes = []
     for _ in range(MAX_CRASHES + 2):
-        codes.append(subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=False).returncode)
+        codes.append(subprocess.run([sys.executable, "-c", script], cwd=root, check=False).returncode)
     assert codes == [-signal.SIGKILL] * (MAX_CRASHES + 1) + [0]
     lost = cache.rejects(Plan("train", (shard,)), [column()])
     assert {name.split(":")[0] for name in lost} == {Path(victim).stem}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from avray.errors import MissingDependency
 from avray.media import Audio
-from avray.settings.trainer import LoggerSettings
 from avray.progress import Progress, ProgressLine, duration
+from avray.settings.trainer import LoggerSettings
 from avray.train.loggers import (
     CsvLogger,
     LoggerGroup,
@@ -110,8 +110,8 @@ def test_csv_holds_what_a_dictionary_would(tmp_path_factory, calls, cut, resume_
             expected = {key: row for key, row in expected.items() if key <= resume_step}
             step = max(expected, default=0)
         step += advance
-        logger.scalars(step, {name: index for name in sorted(names)})
-        expected.setdefault(step, {}).update({name: index for name in names})
+        logger.scalars(step, dict.fromkeys(sorted(names), index))
+        expected.setdefault(step, {}).update(dict.fromkeys(names, index))
     logger.close()
     found = {int(row["step"]): {name: float(cell) for name, cell in row.items() if name != "step" and cell}
              for row in rows(path)}
@@ -175,7 +175,7 @@ class Terminal(io.StringIO):
 def test_plain_lines_are_rare_and_end_with_the_last():
     now, stream = [0.0], io.StringIO()
     line = ProgressLine(1000, unit="frames", every_s=30, stream=stream, clock=lambda: now[0])
-    for step in range(0, 501):
+    for step in range(501):
         line.update(Progress(step, loss=1 / (step + 1), learning_rate=1e-4, rate=1234.5, waiting=0.031))
         now[0] += 0.2
     line.say("Saved a checkpoint.")

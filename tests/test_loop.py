@@ -135,7 +135,8 @@ import sys, torch, torch.distributed as dist, os
 from pathlib import Path
 from tests.toy import *
 folder, run, stop, workers, rank, parallel = sys.argv[1:]
-dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{run}-{stop}", rank=int(rank), world_size=int(workers))
+meeting = f"file://{folder}/rendezvous-{run}-{stop}"
+dist.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=int(workers))
 trainer = {"num_workers": int(workers), "parallel": parallel, "max_steps": 9, "ema_decay": 0.5}
 if int(stop): trainer["stop_at_step"] = int(stop)
 job = toy_job(Path(folder), trainer, run=run)
@@ -145,9 +146,9 @@ dist.destroy_process_group()
 
 
 def run_ranks(folder, run, stop, workers, parallel="ddp"):
-    ranks = [subprocess.Popen([sys.executable, "-c", WORKER, str(folder), run, str(stop), str(workers), str(rank), parallel],
-                              cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"})
-             for rank in range(workers)]
+    ranks = [subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(folder), run, str(stop), str(workers), str(rank), parallel],
+        cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in range(workers)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0] * workers
 
 
@@ -161,4 +162,5 @@ def test_workers_resume_to_the_same_bits(tmp_path, workers, parallel):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert same(weights(tmp_path / "whole", "ema"), weights(tmp_path / "cut", "ema"))
     alone = run_loop(toy_job(tmp_path, {"max_steps": 9, "ema_decay": 0.5}, run="alone"))[1]
-    assert alone.validation_loss == pytest.approx(Checkpoint.open(tmp_path / "whole").figures["validation_loss"], abs=0.05)
+    figures = Checkpoint.open(tmp_path / "whole").figures
+    assert alone.validation_loss == pytest.approx(figures["validation_loss"], abs=0.05)

@@ -71,9 +71,10 @@ def test_every_verb(ray_session, tmp_path, wavs, family):
     from avray.generation.many import generate_many
     from avray.generation.one import generate
 
-    cache, common = tmp_path / "cache", [f"data.path={wavs}", f"data.cache={tmp_path / 'cache'}", "data.embed_num_cpus=0.5"]
+    cache = tmp_path / "cache"
+    common = [f"data.path={wavs}", f"data.cache={cache}", "data.embed_num_cpus=0.5"]
     prepare = compose(PREPARE, [*common, *FAMILIES[family], f"run.dir={tmp_path / 'prepare'}"])
-    assert "nothing was encoded" in check(prepare) and not cache.exists() or not list(cache.glob("shards/*"))
+    assert ("nothing was encoded" in check(prepare) and not cache.exists()) or not list(cache.glob("shards/*"))
     assert " computed now, 0 rejected" in prepare_all(prepare, family_from_settings(prepare.family))
     assert "(0 computed now" in prepare_all(prepare, family_from_settings(prepare.family))
 
@@ -82,7 +83,8 @@ def test_every_verb(ray_session, tmp_path, wavs, family):
     written = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary == written
     assert written["steps"] == 6 and written["best_validation_loss"] > 0 and written["baselines"]
-    assert written["rows"] == {"used": 12, "rejected": 0, "examples": written["rows"]["examples"], "examples_rejected": 0}
+    examples = written["rows"]["examples"]
+    assert written["rows"] == {"used": 12, "rejected": 0, "examples": examples, "examples_rejected": 0}
     assert (tmp_path / "whole" / "metrics.csv").exists() and list((tmp_path / "whole" / "tensorboard").glob("events*"))
     for step in (0, 6):
         assert len(list((tmp_path / "whole" / "samples" / f"step-{step:08d}").glob("*.generated.wav"))) == 1
@@ -102,8 +104,8 @@ def test_every_verb(ray_session, tmp_path, wavs, family):
     assert "1.00 s at 24000 Hz" in said
     assert soundfile.info(tmp_path / "out.wav").frames == 24_000
 
-    many = compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"data.path={wavs}", "data.max_samples=3", "seconds=0.4",
-                              f"output={tmp_path / 'many'}", "slots=2"])
+    many = compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"data.path={wavs}", "data.max_samples=3",
+                              "seconds=0.4", f"output={tmp_path / 'many'}", "slots=2"])
     assert "3 of 3 results" in generate_many(many)
     (tmp_path / "many" / "tone1.wav").unlink()
     before = (tmp_path / "many" / "tone0.wav").stat().st_mtime_ns
@@ -173,7 +175,8 @@ def test_prepared_mode_refuses_what_is_not_prepared(ray_session, tmp_path, wavs)
         run(settings(wavs, tmp_path / "cache", tmp_path / "run", "data.mode=prepared"))
 
 
-def test_a_learning_rate_that_explodes_ends_with_a_sentence_and_keeps_the_last_checkpoint(ray_session, tmp_path, wavs, cache):
+def test_a_learning_rate_that_explodes_ends_with_a_sentence_and_keeps_the_last_checkpoint(
+        ray_session, tmp_path, wavs, cache):
     with pytest.raises(TrainingFailed, match="not finite at step"):
         run(settings(wavs, cache, tmp_path / "run", "+trainer.hooks=[{_target_: tests.test_pipelines.Explode}]"))
     assert Checkpoint.open(newest(tmp_path / "run"))

@@ -5,8 +5,8 @@ import pytest
 
 from avray.data.cache import Cache
 from avray.data.loader import Loader, PreparedSource
-from avray.data.stream import InOrder, Pool, StreamedSource, block_dataset, prepare
 from avray.data.plan import plan_split
+from avray.data.stream import InOrder, Pool, StreamedSource, block_dataset, prepare
 from avray.media import Limits
 from tests.test_embed import column, wav
 from tests.toy import ToyFamily
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("media")
-    return plan_split(ToyFamily(), [wav(folder / f"r{i}.wav", 3 + i % 5, i) for i in range(40)], "train", shard_examples=8)
+    rows = [wav(folder / f"r{i}.wav", 3 + i % 5, i) for i in range(40)]
+    return plan_split(ToyFamily(), rows, "train", shard_examples=8)
 
 
 def steps(loader, source, epoch, first=0):
@@ -54,7 +55,8 @@ def test_a_start_in_the_middle_streams_the_rest_and_the_next_epoch(ray_session, 
     order = plan.order(6, 1, 12)
     first = order.steps_per_epoch // 2
     loader = Loader(order, lambda rows: ToyFamily().collate(rows, None))
-    dataset = block_dataset(plan, order, [column()], cache, Pool(num_cpus=0.5), Limits(), 2, first // order.steps_per_round)
+    dataset = block_dataset(plan, order, [column()], cache, Pool(num_cpus=0.5), Limits(), 2,
+                            first // order.steps_per_round)
     source = StreamedSource(InOrder().configure({"train": dataset}, 1)[0]["train"])
     streamed = [steps(loader, source, 2, first), steps(loader, source, 3)]
     prepared = PreparedSource(plan, order, cache, [column()])
@@ -65,7 +67,7 @@ def test_a_start_in_the_middle_streams_the_rest_and_the_next_epoch(ray_session, 
 def test_preparing_twice_computes_once(ray_session, tmp_path, plan):
     cache = Cache(str(tmp_path / "cache"))
     told = []
-    assert prepare(plan, [column()], cache, Pool(size=2, num_cpus=0.5), Limits(), lambda d, t: told.append((d, t))) == len(
-        plan.shards)
+    computed = prepare(plan, [column()], cache, Pool(size=2, num_cpus=0.5), Limits(), lambda d, t: told.append((d, t)))
+    assert computed == len(plan.shards)
     assert told[-1] == (len(plan.shards), len(plan.shards))
     assert prepare(plan, [column()], cache, Pool(size=2, num_cpus=0.5), Limits()) == 0

@@ -108,7 +108,8 @@ def toy_plan(cache, split="train", recordings=5, examples=7, seed=0, reject=()):
                             for i in range(examples)], {f"{split}{r}.wav": f"{seed}{r}"})
         values = [random.normal(size=(10, WIDTH)).astype(np.float32) for _ in shard.units]
         rejects = {i: "it is bad" for i in range(examples) if f"{split}{r}:{i}" in reject}
-        cache.write(shard, ToyFamily().columns(None)[0], [None if i in rejects else v for i, v in enumerate(values)], rejects)
+        kept = [None if i in rejects else v for i, v in enumerate(values)]
+        cache.write(shard, ToyFamily().columns(None)[0], kept, rejects)
         shards.append(shard)
     return Plan(split, tuple(shards))
 
@@ -119,8 +120,8 @@ def toy_job(folder, trainer=None, family=None, run="run", seed=0, **settings):
     trainer = from_mapping(TrainerSettings, {
         "max_steps": 12, "batch_size": 12, "log_every_steps": 4, "validate_every_steps": 6, "num_samples": 0,
         "checkpoint_every_steps": 4, "optimizer": {"lr": 0.01}, "loggers": {"tensorboard": False}, **(trainer or {})})
-    settings = TrainSettings(seed=seed, run=RunSettings(str(folder / run)), data=DataSettings(cache=str(folder / "cache")),
-                             trainer=trainer, **settings)
+    settings = TrainSettings(seed=seed, run=RunSettings(str(folder / run)),
+                             data=DataSettings(cache=str(folder / "cache")), trainer=trainer, **settings)
     return Job(settings, family or ToyFamily(), Fitted({"mean": np.zeros(WIDTH)}), train, validation,
                family_record={"name": "toy"})
 

@@ -84,7 +84,8 @@ class Cache:
                             lost.setdefault(example.id, commit.rejects[unit])
         return lost
 
-    def write(self, shard: Shard, column: Column, values: Sequence[np.ndarray | None], rejects: Mapping[int, str]) -> None:
+    def write(self, shard: Shard, column: Column, values: Sequence[np.ndarray | None],
+              rejects: Mapping[int, str]) -> None:
         """Commit a column: one array ``[time, *shape]`` a unit, None where it was rejected or is not wanted."""
         self._write_units(shard)
         table = _to_table(values, column.dtype)
@@ -118,7 +119,8 @@ class Cache:
         commit = self.commit(shard, column)
         name = f"{_stem(shard, column)}.parquet"
         if commit is None:
-            raise DataError(f"The cache lacks {name}: run pipelines/prepare.py with the same settings, or data.mode=stream.")
+            raise DataError(f"The cache lacks {name}: run pipelines/prepare.py with the same settings, or "
+                            "data.mode=stream.")
         try:
             content = self.store.read(name)
         except FileNotFoundError:

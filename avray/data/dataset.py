@@ -49,10 +49,11 @@ def read_rows(data: DataSettings, segment_s: float = 2.0) -> Dataset:
     """Rows read, probed and split; a held-out span has room for two segments. DataError where there are none."""
     limits = read_limits(data)
     path = data_path(data)
-    manifest = load_manifest(path, texts=data.texts, format=data.format, allowed_roots=data.allowed_roots, limits=limits,
-                             max_samples=data.max_samples, memo_path=memo_path(data))
+    manifest = load_manifest(path, texts=data.texts, format=data.format, allowed_roots=data.allowed_roots,
+                             limits=limits, max_samples=data.max_samples, memo_path=memo_path(data))
     if not manifest.rows:
-        reason = f"; the first of {len(manifest.rejects)} rejects: {manifest.rejects[0].reason}" if manifest.rejects else ""
+        rejects = manifest.rejects
+        reason = f"; the first of {len(rejects)} rejects: {rejects[0].reason}" if rejects else ""
         raise DataError(f"{path} holds no recording that can be used{reason}.")
     span_s = 2 * segment_s
     choice = choose_split(manifest.rows, validation_fraction=data.validation_fraction, by=data.split_by,
@@ -72,7 +73,8 @@ def open_dataset(family: Family, data: DataSettings, rejects_path: Path | None =
         dataset.manifest.write_rejects(rejects_path)
     dataset.manifest.enforce(data.max_reject_fraction, rejects_path)
     plans = {split: plan_split(family, dataset.rows, split, shard_examples=data.shard_examples,
-                               shard_seconds=data.shard_seconds) for split in sorted({row["split"] for row in dataset.rows})}
+                               shard_seconds=data.shard_seconds)
+             for split in sorted({row["split"] for row in dataset.rows})}
     return replace(dataset, plans=plans)
 
 

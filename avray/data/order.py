@@ -74,8 +74,8 @@ class Order:
         if self.lanes % num_workers:
             divisors = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
             raise ValueError(
-                f"trainer.batch_size={self.batch_size} has {self.lanes} lanes, which {num_workers} workers cannot share "
-                f"evenly: use a multiple of {num_workers}, or trainer.num_workers from {divisors}."
+                f"trainer.batch_size={self.batch_size} has {self.lanes} lanes, which {num_workers} workers cannot "
+                f"share evenly: use a multiple of {num_workers}, or trainer.num_workers from {divisors}."
             )
         rows = self.batch_size // num_workers
         if rows % accumulate:

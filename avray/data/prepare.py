@@ -72,7 +72,8 @@ def prepare_all(settings: PrepareSettings, family: Family) -> str:
     prepared = prepare_training(family, replace(data, mode="stream"), run_dir, settings.logging.progress)
     cache = Cache(data.cache)
     plans = list(prepared.dataset.plans.values())
-    computed = embed(plans, prepared.columns, cache, replace(data, mode="stream"), prepared.dataset, settings.logging.progress, "all rows")
+    computed = embed(plans, prepared.columns, cache, replace(data, mode="stream"), prepared.dataset,
+                     settings.logging.progress, "all rows")
     lost = {name: reason for plan in plans for name, reason in cache.rejects(plan, prepared.columns).items()}
     total = sum(plan.num_examples for plan in plans)
     summary = {"rows": prepared.dataset.counts(), "examples": total, "examples_rejected": len(lost),
@@ -113,7 +114,8 @@ def require(cache: Cache, plans: list[Plan], columns: list[Column]) -> None:
     """DataError where the cache lacks a shard: ``data.mode=prepared`` encodes nothing."""
     missing = sum(len(cache.missing(plan, columns)) for plan in plans)
     if missing:
-        raise DataError(f"data.mode=prepared and the cache lacks {missing} of {sum(len(p.shards) for p in plans)} shards: "
+        total = sum(len(plan.shards) for plan in plans)
+        raise DataError(f"data.mode=prepared and the cache lacks {missing} of {total} shards: "
                         "run pipelines/prepare.py with the same settings, or take data.mode=stream.")
 
 

@@ -22,8 +22,8 @@ PADDING_ROW: Row = {"id": "", "weight": 0.0}
 
 def gather(plan: Plan, cache: Cache, columns: Sequence[Column], block: np.ndarray) -> list[Row]:
     """The rows of a block ``[n, 2]``; padding, and examples that lost a unit, come with weight 0."""
-    return [PADDING_ROW if shard == PADDING else example_row(plan.shards[shard], plan.shards[shard].examples[row], cache,
-                                                             columns)
+    return [PADDING_ROW if shard == PADDING
+            else example_row(plan.shards[shard], plan.shards[shard].examples[row], cache, columns)
             for shard, row in block.tolist()]
 
 
@@ -41,7 +41,7 @@ def example_row(shard: Shard, example: PlannedExample, cache: Cache, columns: Se
 
 
 def to_table(rows: Sequence[Row], place: tuple[int, int, int]) -> pa.Table:
-    """Rows as flat Arrow columns; ``place`` is the block's (epoch, round, lane), so that a reader can check its turn."""
+    """Rows as flat Arrow columns; ``place`` is the block's (epoch, round, lane): a reader can check its turn."""
     arrays: dict[str, list[np.ndarray | None]] = {}
     for row in rows:
         for name, value in row.items():

@@ -87,8 +87,9 @@ def prepare(plan: Plan, columns: Sequence[Column], cache: Cache, pool: Pool, lim
     done = computed = 0
     for column, shards in work.items():
         dataset = _dataset([pa.table({"shard": [index]}) for index in shards])
-        dataset = dataset.map_batches(EmbedShards, fn_constructor_args=(reference, cache, column, limits, _device(pool)),
-                                      **_actors(pool, len(shards)))
+        dataset = dataset.map_batches(
+            EmbedShards, fn_constructor_args=(reference, cache, column, limits, _device(pool)),
+            **_actors(pool, len(shards)))
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             done += batch.num_rows
             computed += int(np.sum(batch["computed"].to_pylist()))

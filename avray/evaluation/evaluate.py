@@ -18,8 +18,8 @@ from avray.data.dataset import open_dataset
 from avray.data.plan import Plan
 from avray.data.store import Store
 from avray.data.stream import Pool, prepare
-from avray.engine import Generator
 from avray.devices import device_of
+from avray.engine import Generator
 from avray.errors import DataError
 from avray.evaluation.report import ReportExample, write_report
 from avray.family import Family, Options
@@ -47,7 +47,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     if cache.missing(plan, columns):
         start_ray(Needs(1, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus), settings.cluster,
                   data.no_progress_timeout_s)
-        prepare(plan, columns, cache, Pool(data.embed_workers, data.embed_num_cpus, data.embed_num_gpus), dataset.limits)
+        pool = Pool(data.embed_workers, data.embed_num_cpus, data.embed_num_gpus)
+        prepare(plan, columns, cache, pool, dataset.limits)
     loss = checkpoint_loss(checkpoint, family, plan, cache, device, settings.batch_size, settings.max_rows)
     answers = generate_samples(settings, family, plan, device)
     summary = {

@@ -107,7 +107,8 @@ def measured(codec: Codec, depth: int | None, originals: Sequence[Audio], made: 
 
 
 def markdown(config: CodecConfig, table: Sequence[RoundTrip]) -> str:
-    lines = [f"| {config.name} | bits a second | log-spectral distance, dB | log-mel distance, dB |", "|---|---|---|---|"]
+    lines = [f"| {config.name} | bits a second | log-spectral distance, dB | log-mel distance, dB |",
+             "|---|---|---|---|"]
     lines += [f"| {label(row.codebooks)} | {'' if row.bits_per_s is None else f'{row.bits_per_s:,.0f}'} | "
               f"{row.log_spectral_distance_db:.2f} | {row.log_mel_distance_db:.2f} |" for row in table]
     return "\n".join(lines) + "\n"

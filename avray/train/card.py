@@ -10,7 +10,7 @@ from avray.train.job import Job
 
 def model_card(job: Job, step: int, figures: Mapping[str, Any]) -> str:
     """Markdown."""
-    data = job.settings.data
+    data, trainer = job.settings.data, job.settings.trainer
     loss = figures.get("validation_loss")
     lines = [
         f"# {job.family_record.get('name', type(job.family).__name__)} at step {step}",
@@ -29,7 +29,7 @@ def model_card(job: Job, step: int, figures: Mapping[str, Any]) -> str:
         *(f"- baseline {name}: {value:.6g}" for name, value in figures.get("baselines", {}).items()),
         "",
         "## Settings",
-        f"- seed {job.settings.seed}, batch {job.settings.trainer.batch_size}, precision {job.settings.trainer.precision}",
+        f"- seed {job.settings.seed}, batch {trainer.batch_size}, precision {trainer.precision}",
         "- the rest is in settings.json and family.json",
         "",
     ]

@@ -131,18 +131,20 @@ class Loop:
         wrong = [name for name in {*own, *state} if name not in own or name not in state
                  or own[name].shape != state[name].shape]
         if wrong:
-            raise CheckpointError(f"The checkpoint is of another model: {len(wrong)} tensors differ, {min(wrong)} first.")
+            raise CheckpointError(f"The checkpoint is of another model: {len(wrong)} tensors differ, {min(wrong)} "
+                                  "first.")
         self.parallel.load_model(state)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.trainer_state()
         if state is None:
-            raise CheckpointError(f"{checkpoint.path} holds weights alone: start from it with init_from=, not resume=true.")
+            raise CheckpointError(f"{checkpoint.path} holds weights alone: start from it with init_from=, not "
+                                  "resume=true.")
         for key, now in self.job.identity.items():
             if state["identity"].get(key) != now:
                 raise CheckpointError(
-                    f"The run cannot go on exactly: {key} was {state['identity'].get(key)} and is {now} now; restore it, "
-                    f"or start a new run with init_from={self.job.settings.run.dir}."
+                    f"The run cannot go on exactly: {key} was {state['identity'].get(key)} and is {now} now; restore "
+                    f"it, or start a new run with init_from={self.job.settings.run.dir}."
                 )
         self._load_weights(checkpoint.weights("model"))
         self.parallel.load_optimizer(self.optimizer, state["optimizer"])
@@ -195,8 +197,8 @@ class Loop:
         counts = total([sum(batch.counts[name] for batch in step.micro_batches) for name in self.names], self.device)
         self.schedule.step(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        scales = torch.tensor([weight / count if count else 0.0 for weight, count in zip(self.weights, counts, strict=True)],
-                              device=self.device)
+        scales = torch.tensor([weight / count if count else 0.0
+                               for weight, count in zip(self.weights, counts, strict=True)], device=self.device)
         sums = torch.zeros(len(self.names), device=self.device)
         for index, batch in enumerate(step.micro_batches):
             generator = self._reseed("train", self.step, index)
@@ -303,7 +305,8 @@ class Loop:
     def _save(self, best: bool, sampling: bool) -> None:
         model = self.parallel.model_state()
         state = {"optimizer": self.parallel.optimizer_state(self.optimizer), "schedule": self.schedule.state_dict(),
-                 "stopping": self.stopping.state_dict(), "scaler": self.scaler.state_dict(), "identity": self.job.identity,
+                 "stopping": self.stopping.state_dict(), "scaler": self.scaler.state_dict(),
+                 "identity": self.job.identity,
                  "validation": None if self.validation is None else dataclasses.asdict(self.validation)}
         ema = None if self.ema is None else {**model, **{k: v.to(model[k].dtype) for k, v in self._ema_state().items()}}
         if self.saver is None:
@@ -311,8 +314,8 @@ class Loop:
         job, step = self.job, self.step
         figures = {"validation_loss": self.validation.loss, "baselines": self.validation.baselines} \
             if self.validation else {}
-        content = Content(model=model, family=job.family_record, fitted=job.fitted, settings=job.settings_record, ema=ema,
-                          trainer=state, figures=figures, card=model_card(job, step, figures))
+        content = Content(model=model, family=job.family_record, fitted=job.fitted, settings=job.settings_record,
+                          ema=ema, trainer=state, figures=figures, card=model_card(job, step, figures))
         run_dir = Path(job.settings.run.dir)
 
         def published(folder: Path) -> None:
@@ -344,7 +347,7 @@ class Loop:
         precision = self.trainer.precision
         if precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, DTYPES[precision])  # type: ignore[return-value]
+        return torch.autocast(self.device.type, DTYPES[precision])
 
     def _call_hooks(self, moment: str) -> None:
         for hook in self.hooks:

@@ -71,4 +71,5 @@ def estimate(family: Family, fitted: Fitted, batch: Batch, settings: TrainerSett
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     share = settings.num_workers if settings.parallel == "fsdp2" else 1
     return Memory(weights // share, trained // share, MOMENTS.get(settings.optimizer.name, 2) * trained // share,
-                  trained // share if settings.ema_decay else 0, sum(base.numel() * base.element_size() for base in kept.values()))
+                  trained // share if settings.ema_decay else 0,
+                  sum(base.numel() * base.element_size() for base in kept.values()))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from avray.engine import Generated, Generator, resampled
 from avray.data.plan import Plan, Shard
+from avray.engine import Generated, Generator, resampled
 from avray.family import Example, Family, Media, Options, Question, Request, Unit
 from avray.media import Audio, read_audio, write_audio
 from avray.metrics.pictures import comparison_png, spectrogram_rgb

@@ -34,8 +34,9 @@ class Validation:
 
 
 @torch.no_grad()
-def validation_loss(family: Family, fitted: Fitted, order: Order, source: Source, forward: Forward, device: torch.device,
-                    rank: int = 0, world_size: int = 1, max_rows: int | None = None) -> Validation:
+def validation_loss(family: Family, fitted: Fitted, order: Order, source: Source, forward: Forward,
+                    device: torch.device, rank: int = 0, world_size: int = 1,
+                    max_rows: int | None = None) -> Validation:
     """Over the rows of all ranks; the same on every rank. ``forward`` gives the terms' sums, in evaluation mode.
 
     Each batch draws from a generator of its own place, so a loss that samples is compared on the same draws each time.
@@ -67,7 +68,8 @@ def validation_loss(family: Family, fitted: Fitted, order: Order, source: Source
         part = everything[(1 + index) * size : (2 + index) * size]
         return [value / count if count else 0.0 for value, count in zip(part, all_counts, strict=True)]
 
-    losses = {name: sum(w * mean for w, mean in zip(weights, means(index), strict=True)) for index, name in enumerate(known)}
+    losses = {name: sum(w * mean for w, mean in zip(weights, means(index), strict=True))
+              for index, name in enumerate(known)}
     return agreed(Validation(losses.pop(""), dict(zip(names, means(0), strict=True)), losses))
 
 

@@ -22,7 +22,7 @@ from avray.train.parallel import agreed
 
 
 def work(config: dict[str, Any]) -> None:
-    """One rank's run; rank 0 tells the board what came of it (Ray keeps the metrics of reports with checkpoints alone)."""
+    """One rank's run; rank 0 tells the board what came of it (Ray keeps metrics only beside a checkpoint)."""
     job: Job = ray.get(config["job"])
     board = config["board"]
     context = ray.train.get_context()

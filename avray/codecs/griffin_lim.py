@@ -24,14 +24,15 @@ from torch import Tensor
 class GriffinLim:
     """Settings. Frame t is centred on sample ``t * hop + hop / 2`` under a Hann window of ``window`` samples.
 
-    ``lookahead`` frames beyond a block are solved along with it and solved again in the next; ``context`` frames
-    before it keep it in step with what was handed out.
+    A block is ``step`` frames long, the first ``first_step``. ``lookahead`` frames beyond a block are solved along with
+    it and solved again in the next; ``context`` frames before it keep it in step with what was handed out.
     """
 
     window: int = 1024
     hop: int = 320
     num_rounds: int = 32
     momentum: float = 0.99
+    first_step: int = 12
     step: int = 48
     lookahead: int = 6
     context: int = 4

@@ -7,16 +7,15 @@ codec whose codes are learnt (``spectral``) learns them on the training split an
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from avray.codecs import codec_from_settings
-from avray.codecs.base import Codec, CodecConfig, decode_all
+from avray.codecs.base import Codec, CodecConfig
+from avray.codecs.round_trip import round_trip_table
 from avray.config import EvaluateSettings
 from avray.data.dataset import read_rows
 from avray.data.store import Store
@@ -24,20 +23,9 @@ from avray.devices import device_of
 from avray.family import Fitted, Row
 from avray.media import Audio, read_audio, write_audio
 from avray.metrics.pictures import comparison_png
-from avray.metrics.spectral import log_mel_distance, log_spectral_distance
 
 MAX_SECONDS = 10.0
 FIT_SECONDS = 600.0
-
-
-@dataclass(frozen=True)
-class RoundTrip:
-    """Means over the recordings; ``codebooks`` None is the continuous latents."""
-
-    codebooks: int | None
-    bits_per_s: float | None
-    log_spectral_distance_db: float
-    log_mel_distance_db: float
 
 
 def round_trips(settings: EvaluateSettings) -> str:
@@ -49,26 +37,25 @@ def round_trips(settings: EvaluateSettings) -> str:
     held_out = [row for row in rows if row["split"] != "train"] or rows
     chosen = [held_out[i] for i in np.unique(np.linspace(0, len(held_out) - 1, settings.num_samples or 1).astype(int))]
     codec = loaded(config, [row for row in rows if row["split"] == "train"], device_of(settings.device), settings.seed)
-    recordings = [sound(row, codec) for row in chosen]
-    originals = [Audio(samples[None], codec.sample_rate_hz) for samples in recordings]
-    latents = codec.encode_batch(recordings)
-    depths = [None, *(k for k in settings.num_codebooks if k <= codec.num_codebooks)]
-    table, made = [], {}
-    for depth in depths:
-        made[depth] = [decoded(codec, frames, depth, len(samples))
-                       for frames, samples in zip(latents, recordings, strict=True)]
-        table.append(measured(codec, depth, originals, made[depth]))
+    originals = [Audio(sound(row, codec)[None], codec.sample_rate_hz) for row in chosen]
+    depths = [0, *(k for k in settings.num_codebooks if k <= codec.num_codebooks)]
+    trips = [round_trip_table(codec, original, depths) for original in originals]
+    (run_dir / "samples").mkdir(exist_ok=True)
     names = [f"{index:02d}-{Path(row['audio']).stem}" for index, row in enumerate(chosen)]
-    for index, name in enumerate(names):
-        write_audio(prepared(run_dir / "samples" / f"{name}.original.wav"), originals[index])
-        for depth in depths:
-            write_audio(run_dir / "samples" / f"{name}.{label(depth)}.wav", made[depth][index])
+    for name, original, made in zip(names, originals, trips, strict=True):
+        write_audio(run_dir / "samples" / f"{name}.original.wav", original)
+        for trip in made:
+            write_audio(run_dir / "samples" / f"{name}.{label(trip.codebooks)}.wav", trip.audio)
     comparison_png(run_dir / "spectrograms.png", [
-        (name, None, originals[i], made[depths[-1]][i]) for i, name in enumerate(names[:8])])
-    (run_dir / "round_trips.md").write_text(markdown(config, table), encoding="utf-8")
-    summary = {"codec": config.name, "recordings": len(chosen), "round_trips": [asdict(row) for row in table]}
+        (name, None, original, made[-1].audio) for name, original, made in zip(names, originals, trips, strict=True)][:8])
+    means = [{"codebooks": column[0].codebooks, "bits_per_second": column[0].bits_per_second,
+              "spectral_distance_db": float(np.mean([trip.spectral_distance_db for trip in column]))}
+             for column in zip(*trips, strict=True)]
+    table = markdown(config, means)
+    (run_dir / "round_trips.md").write_text(table, encoding="utf-8")
+    summary = {"codec": config.name, "recordings": len(chosen), "round_trips": means}
     Store(str(run_dir)).write("summary.json", json.dumps(summary, indent=2).encode())
-    print(markdown(config, table))
+    print(table)
     return str(run_dir)
 
 
@@ -91,33 +78,13 @@ def sound(row: Row, codec: Codec) -> np.ndarray:
                       duration_s=min(row["duration_s"], MAX_SECONDS), sample_rate_hz=codec.sample_rate_hz).samples[0]
 
 
-def decoded(codec: Codec, frames: np.ndarray, depth: int | None, num_samples: int) -> Audio:
-    if depth is not None:
-        codes = codec.to_codes(torch.from_numpy(np.ascontiguousarray(frames.T))[None], depth)
-        frames = codec.from_codes(codes)[0].T.cpu().numpy()
-    return Audio(decode_all(codec, frames)[None, :num_samples], codec.sample_rate_hz)
-
-
-def measured(codec: Codec, depth: int | None, originals: Sequence[Audio], made: Sequence[Audio]) -> RoundTrip:
-    rate = codec.sample_rate_hz
-    pairs = [(a.samples[0], b.samples[0]) for a, b in zip(originals, made, strict=True)]
-    bits = None if depth is None else depth * math.log2(codec.cardinality) * codec.frame_rate_hz
-    return RoundTrip(depth, bits, float(np.mean([log_spectral_distance(a, b, rate) for a, b in pairs])),
-                     float(np.mean([log_mel_distance(a, b, rate) for a, b in pairs])))
-
-
-def markdown(config: CodecConfig, table: Sequence[RoundTrip]) -> str:
-    lines = [f"| {config.name} | bits a second | log-spectral distance, dB | log-mel distance, dB |",
-             "|---|---|---|---|"]
-    lines += [f"| {label(row.codebooks)} | {'' if row.bits_per_s is None else f'{row.bits_per_s:,.0f}'} | "
-              f"{row.log_spectral_distance_db:.2f} | {row.log_mel_distance_db:.2f} |" for row in table]
+def markdown(config: CodecConfig, means: Sequence[Mapping[str, Any]]) -> str:
+    lines = [f"| {config.name} | bits a second | log-spectral distance, dB |", "|---|---|---|"]
+    lines += [f"| {label(row['codebooks'])} | {row['bits_per_second']:,.0f} | {row['spectral_distance_db']:.2f} |"
+              for row in means]
     return "\n".join(lines) + "\n"
 
 
-def label(depth: int | None) -> str:
-    return "continuous" if depth is None else f"{depth}-codebook{'s' if depth > 1 else ''}"
-
-
-def prepared(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def label(codebooks: int) -> str:
+    """0 codebooks are the continuous latents."""
+    return "continuous" if codebooks == 0 else f"{codebooks}-codebook{'s' if codebooks > 1 else ''}"

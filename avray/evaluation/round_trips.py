@@ -46,8 +46,8 @@ def round_trips(settings: EvaluateSettings) -> str:
         write_audio(run_dir / "samples" / f"{name}.original.wav", original)
         for trip in made:
             write_audio(run_dir / "samples" / f"{name}.{label(trip.codebooks)}.wav", trip.audio)
-    comparison_png(run_dir / "spectrograms.png", [
-        (name, None, original, made[-1].audio) for name, original, made in zip(names, originals, trips, strict=True)][:8])
+    shown = list(zip(names, originals, trips, strict=True))[:8]
+    comparison_png(run_dir / "spectrograms.png", [(name, None, sound, made[-1].audio) for name, sound, made in shown])
     means = [{"codebooks": column[0].codebooks, "bits_per_second": column[0].bits_per_second,
               "spectral_distance_db": float(np.mean([trip.spectral_distance_db for trip in column]))}
              for column in zip(*trips, strict=True)]

@@ -1,11 +1,10 @@
 """A decoder-only transformer over one or several token streams: GPT-2's form by default, Llama's by settings.
 
 At its default settings it is the original's model to the number: 12,213,504 parameters untied, 11,820,288 tied.
-Queries, keys and values come from one product (no bias). Attention is ``scaled_dot_product_attention`` with
-``is_causal`` and no mask: sequences are padded at the end only, where causality already hides the padding, so the
-fused kernel is always taken. Streams (``avray.nn.patterns``) share one embedding table whose rows are summed at a
-step, and one output product split between them. Nothing is computed at construction, so a model builds on the meta
-device; positions are arithmetic in ``forward``.
+Queries, keys and values come from one product (no bias). Attention is causal and takes no mask: sequences are padded at
+the end only, where causality already hides the padding. Streams (``avray.nn.patterns``) share one embedding table whose
+rows are summed at a step, and one output product split between them. Nothing is computed at construction, so a model
+builds on the meta device; positions are arithmetic in ``forward``.
 """
 
 from __future__ import annotations
@@ -19,6 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from avray.nn.causal import causal_attention
+from avray.nn.encoder import dropout
+
 Norm = Literal["layer", "rms"]
 Mlp = Literal["gelu", "swiglu"]
 Positions = Literal["learned", "rotary", "sinusoidal"]
@@ -28,10 +30,10 @@ Positions = Literal["learned", "rotary", "sinusoidal"]
 class TransformerConfig:
     """Sizes and options.
 
-    ``dropout`` falls on the embeddings and each residual branch, ``attention_dropout`` on the attention weights:
-    above 0 the latter takes the fused kernel away while training. ``mlp_width`` None is 4 x ``width`` (8/3 for
-    swiglu, rounded up to 64: the same number of parameters). ``bias`` is that of the layer norms and of the
-    products after attention and in the MLP; ``qkv_bias`` and ``head_bias`` have their own switch.
+    ``dropout`` falls on the embeddings and each residual branch, ``attention_dropout`` on the attention weights.
+    ``mlp_width`` None is 4 x ``width`` (8/3 for swiglu, rounded up to 64: the same number of parameters). ``bias`` is
+    that of the layer norms and of the products after attention and in the MLP; ``qkv_bias`` and ``head_bias`` have
+    their own switch.
     """
 
     vocabulary: int = 1024
@@ -146,9 +148,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
         query, key, value = self.project(x, angles)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True,
-                                               enable_gqa=self.config.grouped)
+        mixed = causal_attention(query, key, value, self.config.attention_dropout if self.training else 0.0)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -179,8 +179,9 @@ class Block(nn.Module):
         self.norm2, self.mlp = config.norm_layer(), FeedForward(config)
 
     def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
-        x = x + F.dropout(self.attention(self.norm1(x), angles), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+        rate = self.dropout if self.training else 0.0
+        x = x + dropout(self.attention(self.norm1(x), angles), rate)
+        return x + dropout(self.mlp(self.norm2(x)), rate)
 
 
 class Transformer(nn.Module):
@@ -229,7 +230,7 @@ class Transformer(nn.Module):
         if x.shape[1] > self.config.context:
             raise ValueError(f"{x.shape[1]} steps do not fit the context of {self.config.context}.")
         x, angles = self.place(x, torch.arange(x.shape[1], device=x.device))
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = dropout(x, self.config.dropout if self.training else 0.0)
         for block in self.blocks:
             x = block(x, angles)
         return self.norm(x)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from avray.codecs.blocks import Blocks, BlockStream, Window
-from avray.codecs.network import NetworkCodec, mono, numpy
+from avray.codecs.network import NetworkCodec, exact, mono, numpy
 from avray.family import FrameStream
 
 _ENCODE_FRAMES = 150
@@ -54,7 +54,7 @@ class Dac(NetworkCodec):
                     found[index][place] = rows[window.before : len(rows) - window.after]
         return [np.concatenate([rows[place] for place in sorted(rows)]) for rows in found]
 
-    @torch.inference_mode()
+    @exact()
     def _encode(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
         """Pieces of as many frames each, filled up -> ``[batch, frames, width]``."""
         num_frames = -(-max(len(piece) for piece in pieces) // self.hop_samples)
@@ -77,7 +77,7 @@ class Dac(NetworkCodec):
         return BlockStream(self.encode_blocks, self.hop_samples, encode, self.no_frames)
 
     def decoder(self) -> FrameStream:
-        @torch.inference_mode()
+        @exact()
         def decode(latents: np.ndarray, window: Window) -> np.ndarray:
             samples = numpy(self.decode_frames(self.tensor(latents.T[None]))[0, 0])
             whole = np.zeros(len(latents) * self.hop_samples, np.float32)
@@ -91,7 +91,7 @@ class Dac(NetworkCodec):
         return self.model.quantizer(latents, num_codebooks)[1]
 
     def from_codes(self, codes: Int[Tensor, "batch codebooks time"]) -> Float[Tensor, "batch width time"]:
-        with torch.inference_mode():
+        with exact():
             return self.model.quantizer.from_codes(codes)[0]
 
 

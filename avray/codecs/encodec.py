@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from avray.codecs.blocks import Blocks, BlockStream, Window
-from avray.codecs.network import NetworkCodec, mono, numpy
+from avray.codecs.network import NetworkCodec, exact, mono, numpy
 from avray.codecs.rvq import ResidualQuantizer
 from avray.codecs.seanet import Streams, layers_of, run
 from avray.family import FrameStream
@@ -53,7 +53,7 @@ class Encodec24kHz(NetworkCodec):
                 found[index] = frames
         return found
 
-    @torch.inference_mode()
+    @exact()
     def _abreast(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Longest first."""
         block = max(_LEAST_FRAMES, _BLOCK_FRAMES // len(recordings)) * self.hop_samples
@@ -80,7 +80,7 @@ class Encodec24kHz(NetworkCodec):
     def stream(self) -> FrameStream:
         streams, block = Streams(1), _BLOCK_FRAMES * self.hop_samples
 
-        @torch.inference_mode()
+        @exact()
         def encode(piece: np.ndarray, window: Window) -> np.ndarray:
             return self._encode([piece], [len(piece) if window.is_last else None], block, streams)[0]
 
@@ -89,7 +89,7 @@ class Encodec24kHz(NetworkCodec):
     def decoder(self) -> FrameStream:
         streams, layers = Streams(1), self.decoder_layers
 
-        @torch.inference_mode()
+        @exact()
         def decode(latents: np.ndarray, window: Window) -> np.ndarray:
             batch = np.zeros((1, _DECODE_FRAMES, self.width), np.float32)
             batch[0, : len(latents)] = latents

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from avray.codecs.blocks import Blocks, BlockStream, Window
 from avray.codecs.encodec import codebooks_of
-from avray.codecs.network import NetworkCodec, mono, numpy
+from avray.codecs.network import NetworkCodec, exact, mono, numpy
 from avray.codecs.rvq import ResidualQuantizer
 from avray.family import FrameStream
 
@@ -61,7 +61,7 @@ class Encodec48kHz(NetworkCodec):
             results.append(np.concatenate(rows))
         return results
 
-    @torch.inference_mode()
+    @exact()
     def _encode(self, chunks: np.ndarray) -> np.ndarray:
         """``[batch, samples]`` -> ``[batch, frames, width]``."""
         level = np.sqrt(np.mean(np.square(chunks), axis=1, keepdims=True)) + 1e-8
@@ -80,7 +80,7 @@ class Encodec48kHz(NetworkCodec):
     def decoder(self) -> FrameStream:
         before = np.zeros(0, np.float32)
 
-        @torch.inference_mode()
+        @exact()
         def decode(latents: np.ndarray, window: Window) -> np.ndarray:
             nonlocal before
             frames = self.tensor(latents[:, :-1].T[None])

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from avray.codecs.blocks import Blocks, BlockStream, Window
-from avray.codecs.network import NetworkCodec, numpy
+from avray.codecs.network import NetworkCodec, exact, numpy
 from avray.codecs.seanet import Convolution, Streams, layers_of, run
 from avray.family import FrameStream
 
@@ -39,7 +39,7 @@ class Mimi(NetworkCodec):
     def stream(self) -> FrameStream:
         streams, shrinking, attention = Streams(1), Streams(1), Attention(self.model.encoder.encoder_transformer)
 
-        @torch.inference_mode()
+        @exact()
         def encode(samples: np.ndarray, window: Window) -> np.ndarray:
             filled = np.zeros(((window.stop - window.start) * self.hop_samples, 1), np.float32)
             filled[: len(samples), 0] = samples
@@ -52,7 +52,7 @@ class Mimi(NetworkCodec):
         streams, attention = Streams(1), Attention(self.model.decoder.decoder_transformer)
         before = self.tensor(np.zeros((1, self.width, 0), np.float32))
 
-        @torch.inference_mode()
+        @exact()
         def decode(latents: np.ndarray, window: Window) -> np.ndarray:
             nonlocal before
             joined = torch.cat([before, self.tensor(latents.T)[None]], dim=2)
@@ -68,7 +68,7 @@ class Mimi(NetworkCodec):
         return self.model.quantizer.encode(latents, num_codebooks).transpose(0, 1)
 
     def from_codes(self, codes: Int[Tensor, "batch codebooks time"]) -> Float[Tensor, "batch width time"]:
-        with torch.inference_mode():
+        with exact():
             return self.model.quantizer.decode(codes)
 
 

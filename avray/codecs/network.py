@@ -7,7 +7,8 @@ own quantiser works; the rest of the ``Codec`` protocol is here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class NetworkCodec(ABC):
                  num_codebooks: int | None = None) -> Int[Tensor, "batch codebooks time"]:
         """ValueError naming both numbers when more codebooks are asked for than there are."""
         num_codebooks = check_codebooks(num_codebooks, self.num_codebooks)
-        with torch.inference_mode():
+        with exact():
             pieces = latents.to(self.device, torch.float32).split(_QUANTIZE_FRAMES, dim=2)
             return torch.cat([self.quantize(piece, num_codebooks) for piece in pieces], dim=2)
 
@@ -80,6 +81,14 @@ class NetworkCodec(ABC):
     @property
     def no_samples(self) -> np.ndarray:
         return np.zeros(0, np.float32)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """No gradients, and on a GPU whole float32 in convolutions and recurrences, where cuDNN by itself keeps ten bits
+    of the fraction (TF32): codes made there and on a CPU go into the same cache."""
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def mono(samples: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,9 +113,9 @@ def main() -> None:
                   for dtype in ("float32", "bfloat16")}
     found = agreement(model, codecs, files)  # and a warm-up
     stock = "transformers, file by file"
-    runs = {stock: timed(lambda: stock_codes(model, files), seconds)}
+    runs = {stock: timed(partial(stock_codes, model, files), seconds)}
     for name, codec in codecs.items():
-        runs[name] = timed(lambda codec=codec: avray_codes(codec, files), seconds)
+        runs[name] = timed(partial(avray_codes, codec, files), seconds)
     table = Table("EnCodec 24 kHz to codes at 6 kbps", "× real time", interleaved(runs, options.repeats), stock)
     print(table.markdown() + "\n")
     for name, row in found.items():

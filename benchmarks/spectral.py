@@ -35,18 +35,17 @@ def main() -> None:
         "decode, × real time": lambda: decode_all(codec, latents),
         f"fit {config.num_codebooks} codebooks to {num_frames:,} frames, s": lambda: config.fit(frames),
     }
-    found = {}
+    found: dict[str, list[float]] = {}
     for name, run in runs.items():
-        values = []
+        values = found[name] = []
         for _ in range(options.repeats):
             start = time.perf_counter()
             run()
             taken = time.perf_counter() - start
             values.append(seconds / taken if "real time" in name else taken)
-        found[name] = {"median": statistics.median(values), "values": values}
     print("| spectral codec | median (range) |\n|---|---|")
-    for name, row in found.items():
-        print(f"| {name} | {row['median']:,.4g} ({min(row['values']):,.4g} to {max(row['values']):,.4g}) |")
+    for name, values in found.items():
+        print(f"| {name} | {statistics.median(values):,.4g} ({min(values):,.4g} to {max(values):,.4g}) |")
     if options.json:
         options.json.write_text(json.dumps({"threads": options.threads, "figures": found}, indent=1))
 

@@ -53,9 +53,11 @@ class Codec(Protocol):
 
 
 class CodecConfig(Protocol):
-    """A codec's settings. ``name`` is what ``codec=`` takes."""
+    """A codec's settings."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What ``codec=`` takes."""
 
     def column_id(self) -> str:
         """Of its latents: network, revision and settings."""

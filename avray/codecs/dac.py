@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from avray.codecs.blocks import Blocks, BlockStream, Window
-from avray.codecs.network import NetworkCodec, exact, mono, numpy
+from avray.codecs.network import NetworkCodec, Rates, exact, mono, numpy
 from avray.family import FrameStream
 
 _ENCODE_FRAMES = 150
@@ -31,10 +31,10 @@ class Dac(NetworkCodec):
     """A ``Codec`` over a ``DacModel`` without weight norm."""
 
     def __init__(self, model: nn.Module, num_codebooks: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(device, dtype)
         config = model.config
-        self.model, self.sample_rate_hz, self.hop_samples = model, config.sampling_rate, config.hop_length
-        self.width, self.cardinality, self.num_codebooks = config.hidden_size, config.codebook_size, num_codebooks
+        rates = Rates(config.sampling_rate, config.hop_length, config.hidden_size, config.codebook_size)
+        super().__init__(rates, num_codebooks, device, dtype)
+        self.model = model
         reach = frames_in_reach(config.downsampling_ratios)
         self.encode_blocks, self.decode_blocks = Blocks(_ENCODE_FRAMES, reach, reach), decode_blocks(reach)
 

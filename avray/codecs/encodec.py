@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from avray.codecs.blocks import Blocks, BlockStream, Window
-from avray.codecs.network import NetworkCodec, exact, mono, numpy
+from avray.codecs.network import NetworkCodec, Rates, exact, mono, numpy
 from avray.codecs.rvq import ResidualQuantizer
 from avray.codecs.seanet import Streams, layers_of, run
 from avray.family import FrameStream
@@ -33,12 +33,11 @@ class Encodec24kHz(NetworkCodec):
     """A ``Codec`` over an ``EncodecModel`` without weight norm; causal, one channel, no chunks."""
 
     def __init__(self, model: nn.Module, num_codebooks: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(device, dtype)
         config = model.config
+        rates = Rates(config.sampling_rate, config.hop_length, config.hidden_size, config.codebook_size)
+        super().__init__(rates, num_codebooks, device, dtype)
         if config.audio_channels != 1 or not config.use_causal_conv or config.chunk_length_s is not None:
             raise ValueError("codec.name = encodec_24khz: it takes a causal network of one channel without chunks.")
-        self.sample_rate_hz, self.hop_samples = config.sampling_rate, config.hop_length
-        self.width, self.cardinality, self.num_codebooks = config.hidden_size, config.codebook_size, num_codebooks
         self.quantizer = ResidualQuantizer(codebooks_of(model, num_codebooks))
         self.encoder, self.decoder_layers = layers_of(model.encoder), layers_of(model.decoder)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from avray.codecs.blocks import Blocks, BlockStream, Window
 from avray.codecs.encodec import codebooks_of
-from avray.codecs.network import NetworkCodec, exact, mono, numpy
+from avray.codecs.network import NetworkCodec, Rates, exact, mono, numpy
 from avray.codecs.rvq import ResidualQuantizer
 from avray.family import FrameStream
 
@@ -34,11 +34,10 @@ class Encodec48kHz(NetworkCodec):
     """A ``Codec`` over an ``EncodecModel`` that works in normalised chunks."""
 
     def __init__(self, model: nn.Module, num_codebooks: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(device, dtype)
         config = model.config
-        self.model, self.sample_rate_hz, self.hop_samples = model, config.sampling_rate, config.hop_length
-        self.channels = config.audio_channels
-        self.width, self.cardinality, self.num_codebooks = config.hidden_size + 1, config.codebook_size, num_codebooks
+        rates = Rates(config.sampling_rate, config.hop_length, config.hidden_size + 1, config.codebook_size)
+        super().__init__(rates, num_codebooks, device, dtype)
+        self.model, self.channels = model, config.audio_channels
         self.quantizer = ResidualQuantizer(codebooks_of(model, max(1, num_codebooks - 1)))
         self.blocks = Blocks(config.chunk_length // self.hop_samples - _OVERLAP_FRAMES, right=_OVERLAP_FRAMES)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from avray.codecs.blocks import Blocks, BlockStream, Window
-from avray.codecs.network import NetworkCodec, exact, numpy
+from avray.codecs.network import NetworkCodec, Rates, exact, numpy
 from avray.codecs.seanet import Convolution, Streams, layers_of, run
 from avray.family import FrameStream
 
@@ -27,10 +27,10 @@ class Mimi(NetworkCodec):
     """A ``Codec`` over a ``MimiModel``."""
 
     def __init__(self, model: nn.Module, num_codebooks: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(device, dtype)
         config = model.config
-        self.model, self.sample_rate_hz, self.hop_samples = model, config.sampling_rate, config.frame_size
-        self.width, self.cardinality, self.num_codebooks = config.hidden_size, config.codebook_size, num_codebooks
+        rates = Rates(config.sampling_rate, config.frame_size, config.hidden_size, config.codebook_size)
+        super().__init__(rates, num_codebooks, device, dtype)
+        self.model = model
         self.encoder = layers_of(model.encoder.encoder_seanet)
         self.decoder_layers = layers_of(model.decoder.decoder_seanet)
         self.downsample = [Convolution(model.encoder.downsample.conv, False, model.encoder.downsample.pad_mode)]

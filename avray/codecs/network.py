@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,21 +23,24 @@ _QUANTIZE_FRAMES = 4096
 """1024 distances each: 16 MB at a time."""
 
 
-class NetworkCodec(ABC):
-    """A ``Codec`` (see ``base``) over a network of ``transformers``."""
+@dataclass(frozen=True)
+class Rates:
+    """What a network's own configuration says about its frames."""
 
     sample_rate_hz: int
     hop_samples: int
     width: int
-    num_codebooks: int
     cardinality: int
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
 
-    @property
-    def frame_rate_hz(self) -> float:
-        return self.sample_rate_hz / self.hop_samples
+class NetworkCodec(ABC):
+    """A ``Codec`` (see ``base``) over a network of ``transformers``."""
+
+    def __init__(self, rates: Rates, num_codebooks: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.sample_rate_hz, self.hop_samples = rates.sample_rate_hz, rates.hop_samples
+        self.frame_rate_hz = rates.sample_rate_hz / rates.hop_samples
+        self.width, self.cardinality, self.num_codebooks = rates.width, rates.cardinality, num_codebooks
+        self.device, self.dtype = device, dtype
 
     @abstractmethod
     def stream(self) -> FrameStream: ...

@@ -89,7 +89,8 @@ class ResidualQuantizer:
         """The sum of the first ``codes.shape[1]`` codebooks' centroids."""
         check_codebooks(codes.shape[1], self.num_codebooks)
         codes = codes.to(self.codebooks.device)
-        return sum(self.codebooks[stage][codes[:, stage]] for stage in range(codes.shape[1])).transpose(1, 2)
+        chosen = [self.codebooks[stage][codes[:, stage]] for stage in range(codes.shape[1])]
+        return torch.stack(chosen).sum(0).transpose(1, 2)
 
 
 def check_codebooks(asked: int | None, available: int) -> int:

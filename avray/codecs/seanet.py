@@ -129,6 +129,7 @@ class Upsampling:
         assert kernel == 2 * self.stride
         halves = weight.view(num_in, self.num_out, 2, self.stride).permute(2, 0, 3, 1)
         self.weight = halves.reshape(2, num_in, self.stride * self.num_out).contiguous()
+        assert convolution.bias is not None
         self.bias = convolution.bias.detach()
 
     def __call__(self, x: Tensor, streams: Streams) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from avray.codecs.blocks import Blocks
 from avray.codecs.dac import Dac, decode_blocks, frames_in_reach
 from avray.codecs.encodec import codebooks_of
-from avray.codecs.network import NetworkCodec
+from avray.codecs.network import NetworkCodec, Rates
 from avray.codecs.rvq import ResidualQuantizer
 
 _BLOCK_S, _CONTEXT_S = 20, 2
@@ -25,10 +25,10 @@ class Xcodec(Dac):
     """A ``Codec`` over an ``XcodecModel`` without weight norm."""
 
     def __init__(self, model: nn.Module, num_codebooks: int, device: torch.device, dtype: torch.dtype) -> None:
-        NetworkCodec.__init__(self, device, dtype)
         config = model.config
-        self.model, self.sample_rate_hz, self.hop_samples = model, config.sample_rate, config.hop_length
-        self.width, self.cardinality, self.num_codebooks = config.hidden_size, config.codebook_size, num_codebooks
+        rates = Rates(config.sample_rate, config.hop_length, config.hidden_size, config.codebook_size)
+        NetworkCodec.__init__(self, rates, num_codebooks, device, dtype)
+        self.model = model
         self.quantizer = ResidualQuantizer(codebooks_of(model, num_codebooks))
         block, context = (round(seconds * self.frame_rate_hz) for seconds in (_BLOCK_S, _CONTEXT_S))
         self.encode_blocks = Blocks(block, context, context)

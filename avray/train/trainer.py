@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import ray.train
+from omegaconf import OmegaConf
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -25,6 +26,7 @@ from avray.data.cache import Cache
 from avray.data.cluster import Needs, start_ray
 from avray.data.prepare import Prepared, pool_of, prepare_training
 from avray.data.rows import gather
+from avray.data.store import Store
 from avray.data.stream import InOrder, block_dataset
 from avray.devices import device_of
 from avray.errors import CheckpointError, DataError, MissingDependency, TrainingFailed
@@ -50,6 +52,7 @@ def train(settings: TrainSettings, family: Family) -> dict[str, Any]:
     run_dir = Path(settings.run.dir)
     check_run_dir(run_dir, settings)
     check_device(settings)
+    Store(str(run_dir)).write("config.yaml", OmegaConf.to_yaml(to_mapping(settings)).encode())
     start_ray(needs(settings, len(family.columns(None))), settings.cluster, settings.data.no_progress_timeout_s,
               verbose=settings.logging.level == "debug")
     prepared = prepare_training(family, settings.data, run_dir, settings.logging.progress)

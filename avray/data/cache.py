@@ -130,7 +130,11 @@ class Cache:
                 f"The cached file {self.store.path(name)} is damaged (its SHA-256 differs from its commit): delete the "
                 "folder it is in, and it will be computed again."
             )
-        values = _from_table(pq.ParquetFile(pa.BufferReader(content)).read(), name)
+        try:
+            table = pq.ParquetFile(pa.BufferReader(content)).read()
+        except (pa.ArrowException, AttributeError, TypeError, ValueError) as error:  # another library's column types
+            raise DataError(f"{name} is not a column of flat numbers ({error}): avray did not write it.") from error
+        values = _from_table(table, name)
         if len(values) != len(shard.units):
             raise DataError(f"The cached file {self.store.path(name)} has {len(values)} rows, not {len(shard.units)}.")
         return values

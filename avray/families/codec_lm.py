@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class CodecLM:
 
     codec: CodecConfig
     num_codebooks: int = 4
-    pattern: Pattern = Delay()
+    pattern: Pattern | str | Mapping[str, Any] = Delay()
     segment_s: float = 4.0
     text: Text = "none"
     text_bytes: int = 256
@@ -134,7 +134,7 @@ class CodecLM:
             recordings = [to_codes(codec, sample, self.num_codebooks) for sample in latents]
         else:
             recordings = [row["audio.codes"] for row in rows if row.get("audio.codes") is not None]
-        layout = self.pattern.layout(self.num_codebooks, codec.cardinality)
+        layout = read_pattern(self.pattern).layout(self.num_codebooks, codec.cardinality)
         depth = all(before < after for before, after in zip(layout.delays, layout.delays[1:], strict=False))
         bigram = Bigram.fit(recordings, codec.cardinality, depth)
         arrays = {BIGRAM + name: array for name, array in bigram.arrays().items()}
@@ -149,13 +149,13 @@ class CodecLM:
         if self.num_codebooks > codec.num_codebooks:
             raise ValueError(f"family.num_codebooks = {self.num_codebooks}, but codec {self.codec.name} has "
                              f"{codec.num_codebooks}.")
-        layout = self.pattern.layout(self.num_codebooks, codec.cardinality)
+        layout = read_pattern(self.pattern).layout(self.num_codebooks, codec.cardinality)
         room = self.context - (self.text_bytes if self.text != "none" else 0)
         steps = layout.num_steps(round(self.segment_s * codec.frame_rate_hz) + self.stop)
         if steps > room:
             most = layout.num_frames(room) / codec.frame_rate_hz
             raise ValueError(f"family.segment_s = {self.segment_s:g} makes {steps} steps with pattern "
-                             f"{self.pattern.name}, but family.context leaves {room}: use at most "
+                             f"{read_pattern(self.pattern).name}, but family.context leaves {room}: use at most "
                              f"{int(most * 100) / 100:g} s or a larger context.")
 
     def collate(self, rows: Sequence[Row], fitted: Fitted) -> Batch:
@@ -203,7 +203,7 @@ class CodecLM:
 
     def layout(self, fitted: Fitted) -> Layout:
         """The pattern over the codec's ids, and one more where there is a stop."""
-        return self.pattern.layout(self.num_codebooks, fitted.data["cardinality"] + self.stop)
+        return read_pattern(self.pattern).layout(self.num_codebooks, fitted.data["cardinality"] + self.stop)
 
     def build(self, fitted: Fitted) -> CodecTransformer:
         if fitted.data["codec"] != self.codec.column_id():

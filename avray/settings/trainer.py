@@ -74,7 +74,7 @@ class LoggerSettings:
 class TrainerSettings:
     """``trainer``. ``max_steps`` and ``max_epochs``: whichever ends first; null is no limit."""
 
-    max_steps: int | None = 300
+    max_steps: int | None = 200
     """Optimiser steps."""
     max_epochs: int | None = None
     """Passes over the training rows."""
@@ -111,7 +111,7 @@ class TrainerSettings:
     schedule: ScheduleSettings = ScheduleSettings()
     clip_norm: float | None = 1.0
     """Largest global gradient norm; null: none."""
-    ema_decay: float = 0.0
+    ema_decay: float = 0.98
     """Of the averaged weights that are validated, sampled and kept as ``ema``; 0: none."""
     nan_policy: Literal["stop", "skip"] = "stop"
     """On a loss or gradient that is not finite: stop (exit 5), or leave the step out."""

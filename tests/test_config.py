@@ -166,7 +166,7 @@ def test_paths_are_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_defaults_that_follow() -> None:
     trainer = TrainerSettings()
-    assert (trainer.device_name, trainer.num_threads, trainer.samples_every) == ("cpu", 2, trainer.validate_every_steps)
+    assert (trainer.device_name, trainer.num_threads, trainer.samples_every) == ("cpu", 1, trainer.validate_every_steps)
     trainer = TrainerSettings(use_gpu=True, cpus_per_worker=2.5, sample_every_steps=0)
     assert (trainer.device_name, trainer.num_threads, trainer.samples_every) == ("cuda", 2, 0)
     assert replace(trainer, threads_per_worker=1).num_threads == 1

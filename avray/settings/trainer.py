@@ -87,7 +87,7 @@ class TrainerSettings:
     """Micro-batches a step."""
     num_workers: int = 1
     """Ray Train workers; their number changes neither the batch nor the order of rows."""
-    cpus_per_worker: float = 2.0
+    cpus_per_worker: float = 1.0
     """Logical CPUs Ray reserves for each."""
     threads_per_worker: int | None = None
     """torch threads of each; null: ``cpus_per_worker`` rounded down, at least 1."""

@@ -3,10 +3,10 @@
     python benchmarks/prepare.py [--minutes 20] [--repeats 5] [--json FILE]
 
 All three decode the same WAV files, run the same ``spectral`` network and write float16 latents to Parquet, with two
-processes of one thread each. Start-up is left out: each is timed from when its workers have opened the network (they
-encode one short file first) to when the last file is on disk. The bound is the network alone on samples already in
-memory, in two processes. Then: a second pass over unchanged input, which must run no network, and the peak memory of
-a worker for 10 minutes and for ``--long-hours`` of input, no two recordings of which are equal.
+processes of one thread each. Start-up is left out: the loop is timed from when its workers have opened the network, avray from
+when its first actor begins its first shard (and opens the network), to when the last file is on disk. The bound is the
+network alone on samples already in memory, in two processes. Then: a second pass over unchanged input, which must run
+no network, and the peak memory of a worker for 10 minutes and for ``--long-hours`` of input.
 """
 
 from __future__ import annotations
@@ -124,20 +124,14 @@ def avray_plan(paths: list[str]):
 
 
 def with_avray(paths: list[str], folder: Path) -> float:
-    """Timed from the first shard that is done to the last, and scaled to all of them: the pool's start is left out."""
+    """Seconds from the first shard's beginning to the last one's end, in a pool of two actors."""
     from avray.codecs.base import Latents
     from avray.data.cache import Cache
     from avray.data.stream import Pool, prepare
     from avray.media import Limits
 
-    plan = avray_plan(paths)
-    cache = Cache(str(folder / "cache"))
-    times: list[tuple[float, int]] = []
     column = Column("latents", Latents(Spectral()))
-    prepare(plan, [column], cache, Pool(size=2, num_cpus=1.0), Limits(),
-            lambda done, total: times.append((time.perf_counter(), done)))
-    (first, done_first), (last, done_last) = times[0], times[-1]
-    return (last - first) * done_last / (done_last - done_first)
+    return prepare(avray_plan(paths), [column], Cache(str(folder / "cache")), Pool(size=2), Limits()).seconds
 
 
 def second_pass(paths: list[str], folder: Path) -> tuple[float, int]:
@@ -150,7 +144,7 @@ def second_pass(paths: list[str], folder: Path) -> tuple[float, int]:
     plan = avray_plan(paths)
     began = time.perf_counter()
     columns, cache = [Column("latents", Latents(Spectral()))], Cache(str(folder / "cache"))
-    computed = prepare(plan, columns, cache, Pool(size=2), Limits())
+    computed = prepare(plan, columns, cache, Pool(size=2), Limits()).computed
     return time.perf_counter() - began, computed
 
 

@@ -67,7 +67,7 @@ def test_a_start_in_the_middle_streams_the_rest_and_the_next_epoch(ray_session, 
 def test_preparing_twice_computes_once(ray_session, tmp_path, plan):
     cache = Cache(str(tmp_path / "cache"))
     told = []
-    computed = prepare(plan, [column()], cache, Pool(size=2, num_cpus=0.5), Limits(), lambda d, t: told.append((d, t)))
-    assert computed == len(plan.shards)
+    work = prepare(plan, [column()], cache, Pool(size=2, num_cpus=0.5), Limits(), lambda d, t: told.append((d, t)))
+    assert work.computed == len(plan.shards) and work.seconds > 0
     assert told[-1] == (len(plan.shards), len(plan.shards))
-    assert prepare(plan, [column()], cache, Pool(size=2, num_cpus=0.5), Limits()) == 0
+    assert prepare(plan, [column()], cache, Pool(size=2, num_cpus=0.5), Limits()).computed == 0

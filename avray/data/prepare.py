@@ -106,8 +106,9 @@ def embed(plans: list[Plan], columns: list[Column], cache: Cache, data: DataSett
         require(cache, plans, columns)
         return 0
     together = Plan("together", tuple({shard.name: shard for plan in plans for shard in plan.shards}.values()))
-    return prepare(together, columns, cache, pool_of(data), dataset.limits,
+    work = prepare(together, columns, cache, pool_of(data), dataset.limits,
                    counter(progress, f"Encoding {what}", "shards"))  # type: ignore[arg-type]
+    return work.computed
 
 
 def require(cache: Cache, plans: list[Plan], columns: list[Column]) -> None:

@@ -11,6 +11,7 @@ rank j mod W. Nothing documents that, so every block carries its place and the r
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,14 @@ class Pool:
     num_gpus: float = 0.0
 
 
+@dataclass(frozen=True)
+class Work:
+    """Shards computed, and the seconds from the first actor's first shard to the last one's end: start-up aside."""
+
+    computed: int
+    seconds: float
+
+
 class EmbedShards:
     """An actor that makes shards of one column: a row in is a shard's index, a row out says what was done."""
 
@@ -47,8 +56,10 @@ class EmbedShards:
         self.embedder = Embedder(column, cache, device, limits)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        began_s = time.time()
         computed = [self.embedder.ensure(self.plan.shards[index]) for index in table["shard"].to_pylist()]
-        return table.append_column("computed", pa.array(computed))
+        seconds = pa.array([[began_s, time.time()]] * len(computed), pa.list_(pa.float64()))
+        return table.append_column("computed", pa.array(computed)).append_column("worked_s", seconds)
 
 
 class EmbedBlocks:
@@ -73,18 +84,19 @@ class EmbedBlocks:
 
 
 def prepare(plan: Plan, columns: Sequence[Column], cache: Cache, pool: Pool, limits: Limits,
-            progress: Callable[[int, int], None] | None = None) -> int:
-    """Compute every missing shard of a plan; returns how many were computed. Needs no Ray where nothing is missing.
+            progress: Callable[[int, int], None] | None = None) -> Work:
+    """Compute every missing shard of a plan. Needs no Ray where nothing is missing.
 
     ``progress(done, total)`` counts shards times columns.
     """
     missing = {column: cache.missing(plan, [column]) for column in columns}
     work = {column: shards for column, shards in missing.items() if shards}
     if not work:
-        return 0
+        return Work(0, 0.0)
     reference = ray.put(plan)
     total = sum(map(len, work.values()))
     done = computed = 0
+    spans: list[list[float]] = []
     for column, shards in work.items():
         dataset = _dataset([pa.table({"shard": [index]}) for index in shards])
         dataset = dataset.map_batches(
@@ -93,9 +105,10 @@ def prepare(plan: Plan, columns: Sequence[Column], cache: Cache, pool: Pool, lim
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             done += batch.num_rows
             computed += int(np.sum(batch["computed"].to_pylist()))
+            spans += batch["worked_s"].to_pylist()
             if progress:
                 progress(done, total)
-    return computed
+    return Work(computed, max(end for _, end in spans) - min(begin for begin, _ in spans))
 
 
 def block_dataset(plan: Plan, order: Order, columns: Sequence[Column], cache: Cache, pool: Pool, limits: Limits,

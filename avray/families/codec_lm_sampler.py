@@ -76,6 +76,7 @@ class _Slot:
         self.drawn_at: list[list[tuple[int, int]]] = [[] for _ in range(layout.stride)]
         for codebook, delay in enumerate(layout.delays):
             self.drawn_at[delay % layout.stride].append((codebook, layout.streams[codebook]))
+        self.delays, self.streams, self.offsets = map(np.array, (layout.delays, layout.streams, layout.offsets))
         self.drawn = 0
         self._numbers = np.zeros((0, layout.num_streams))
 
@@ -116,7 +117,8 @@ class _Slot:
         self.done_frames = max(first, min(layout.num_frames(self.step), self.end_frame))
         if self.done_frames == first and not self.done:
             return None
-        return layout.codes(self.tokens[first * layout.stride : self.step])[: self.done_frames - first]
+        at = np.arange(first, self.done_frames)[:, None] * layout.stride + self.delays
+        return self.tokens[at, self.streams] - self.offsets
 
     @property
     def done(self) -> bool:

@@ -26,6 +26,7 @@ from avray.nn.transformer import Transformer
 
 Weights = Literal["float32", "bfloat16", "int8"]
 LANES = 16
+_TYPES = ("float32", "bfloat16", "int8")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
 
 
@@ -113,15 +114,13 @@ class NativeStep:
 
     def _linear(self, linear: nn.Linear) -> _Linear:
         weight = _pad(linear.weight.detach().float())
-        scale, type_ = None, 0
+        scale, type_ = None, _TYPES.index(self._weights)
         if self._weights == "int8":
             scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-            weight, type_ = (weight / scale[:, None]).round().to(torch.int8), 2
+            weight, scale = _in_int32(weight / scale[:, None]), scale / 2**24
         elif self._weights == "bfloat16":
-            weight, type_ = weight.bfloat16(), 1
-        # [panel, input, output]; int8 as [panel, input / 4, output, input % 4], four inputs to an int32
-        each = 4 if self._weights == "int8" else 1
-        panels = weight.view(-1, LANES, weight.shape[1] // each, each).transpose(1, 2).contiguous()
+            weight = weight.bfloat16()
+        panels = weight.view(-1, LANES, weight.shape[1]).transpose(1, 2).contiguous()
         bias = None if linear.bias is None else _pad(linear.bias.detach().float())
         return _Linear(self._keep(panels), self._keep(scale), self._keep(bias), linear.in_features, len(panels), type_)
 
@@ -129,7 +128,7 @@ class NativeStep:
         """The address of a tensor that lives as long as this object does."""
         if tensor is None:
             return None
-        if tensor.dtype not in (torch.int8, torch.bfloat16):
+        if tensor.dtype not in (torch.int32, torch.bfloat16):
             tensor = tensor.detach().float().contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
@@ -138,6 +137,18 @@ class NativeStep:
         buffer = torch.zeros(rows, size)
         setattr(model, name, self._keep(buffer))
         return buffer
+
+
+def _in_int32(weight: Tensor) -> Tensor:
+    """``[out, in]`` in -127 … 127 as ``[out, in / 4]`` int32, four to each, the first in the lowest byte. The kernel
+    reads a byte with all below it as its fraction, so each is rounded to what its fraction leaves: half a unit at most,
+    as ever, for one instruction less."""
+    packed = torch.zeros(len(weight), weight.shape[1] // 4, dtype=torch.int64)
+    for i in range(4):
+        fraction = packed.double() / 2 ** (8 * i)
+        byte = (weight[:, i::4].double() - fraction).round().clamp(-128, 127).long()
+        packed |= (byte & 255) << 8 * i
+    return packed.to(torch.int32)
 
 
 def _padded(size: int) -> int:

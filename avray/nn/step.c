@@ -137,11 +137,12 @@ INLINE vec load(const void *from, size_t at, int type) {
     return (vec)(__builtin_convertvector(*(const half16 *)((const uint16_t *)from + at), uvec) << 16);
 }
 
-/* The weights of input k in a panel. int8 has four inputs in the bytes of an int32: two shifts widen them. */
+/* The weights of input k in a panel. int8 has four inputs in the bytes of an int32; one shift brings a byte to the top,
+   and the bytes below it, which come along, were reckoned with when it was rounded. */
 INLINE vec weights(const void *weight, size_t panel, int k, int inputs, int type) {
     if (type != INT8) return load(weight, (panel * inputs + k) * LANES, type);
     ivec four = *(const wide *)((const int32_t *)weight + (panel * (inputs / 4) + k / 4) * LANES);
-    return __builtin_convertvector(four << (24 - k % 4 * 8) >> 24, vec);
+    return __builtin_convertvector(four << (24 - k % 4 * 8), vec);
 }
 
 /* A tile of y = x W'; `panels`, `rows` and the types are constants where it is inlined. */

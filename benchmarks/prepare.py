@@ -5,8 +5,8 @@
 All three decode the same WAV files, run the same ``spectral`` network and write float16 latents to Parquet, with two
 processes of one thread each. Start-up is left out: the loop is timed from when its workers have opened the network,
 avray from when its first actor begins its first shard (and opens the network), to when the last file is on disk. The
-bound is the network alone on samples already in memory, in two processes. Then: a second pass over unchanged input, which must run
-no network, and the peak memory of a worker for 10 minutes and for ``--long-hours`` of input.
+bound is the network alone on samples already in memory, in two processes. Then: a second pass over unchanged input,
+which must run no network, and the peak memory of a worker for 10 minutes and for ``--long-hours`` of input.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from avray.cli import EVALUATE, GENERATE, PREPARE, TRAIN, compose
 from avray.errors import CheckpointError, DataError, TrainingFailed
 from avray.registry import family_from_settings
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 CONTINUATION = ["family.segment_s=0.4", "family.num_layers=1", "family.num_heads=4", "family.feed_forward=32"]
 CODEC_LM = ["family=codec_lm", "family.segment_s=0.4", "family.num_layers=1", "family.num_heads=2", "family.width=32",

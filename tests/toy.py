@@ -119,7 +119,8 @@ def toy_job(folder, trainer=None, family=None, run="run", seed=0, **settings):
     train, validation = toy_plan(cache, "train"), toy_plan(cache, "validation", recordings=2, seed=1)
     trainer = from_mapping(TrainerSettings, {
         "max_steps": 12, "batch_size": 12, "log_every_steps": 4, "validate_every_steps": 6, "num_samples": 0,
-        "checkpoint_every_steps": 4, "ema_decay": 0.0, "optimizer": {"lr": 0.01}, "loggers": {"tensorboard": False}, **(trainer or {})})
+        "checkpoint_every_steps": 4, "ema_decay": 0.0,
+        "optimizer": {"lr": 0.01}, "loggers": {"tensorboard": False}, **(trainer or {})})
     settings = TrainSettings(seed=seed, run=RunSettings(str(folder / run)),
                              data=DataSettings(cache=str(folder / "cache")), trainer=trainer, **settings)
     return Job(settings, family or ToyFamily(), Fitted({"mean": np.zeros(WIDTH)}), train, validation,

@@ -71,19 +71,20 @@ class BlockStream:
     def push(self, piece: np.ndarray) -> np.ndarray:
         self.held.append(piece)
         self.num_inputs += len(piece)
-        made = [self.nothing]
-        while window := self.blocks.ready(self.first, self.num_inputs // self.unit):
-            made.append(self._run(window))
+        num_frames = self.num_inputs // self.unit
+        if not self.blocks.ready(self.first, num_frames):
+            return self.nothing
+        held, made = np.concatenate(self.held), []
+        while window := self.blocks.ready(self.first, num_frames):
+            made.append(self._run(held, window))
+        begin = max(0, self.first - self.blocks.left) * self.unit
+        self.held, self.begin = [held[begin - self.begin :].copy()], begin
         return np.concatenate(made)
 
     def finish(self) -> np.ndarray:
         window = self.blocks.last(self.first, -(-self.num_inputs // self.unit))
-        return self._run(window) if window else self.nothing
+        return self._run(np.concatenate(self.held), window) if window else self.nothing
 
-    def _run(self, window: Window) -> np.ndarray:
-        held = np.concatenate(self.held) if len(self.held) > 1 else self.held[0]
-        made = self.run(held[window.start * self.unit - self.begin : window.stop * self.unit - self.begin], window)
+    def _run(self, held: np.ndarray, window: Window) -> np.ndarray:
         self.first = window.stop - window.after
-        begin = max(0, self.first - self.blocks.left) * self.unit
-        self.held, self.begin = [held[begin - self.begin :].copy()], begin
-        return made
+        return self.run(held[window.start * self.unit - self.begin : window.stop * self.unit - self.begin], window)

@@ -176,8 +176,8 @@ class SpectralDecoder:
     def __init__(self, codec: SpectralCodec) -> None:
         self.codec = codec
         self.inversion = codec.synthesis.open(codec.device)
-        self.held: list[np.ndarray] = []
-        self.num_held = 0
+        self.pieces: list[np.ndarray] = []
+        self.num_waiting = 0
         self.step = codec.synthesis.first_step
         self.wanted = self.step + codec.synthesis.lookahead
 
@@ -185,25 +185,28 @@ class SpectralDecoder:
         """ValueError for anything but ``[t, width]``."""
         if piece.ndim != 2 or piece.shape[1] != self.codec.width:
             raise ValueError(f"Expected latents [time, {self.codec.width}], got shape {piece.shape}.")
-        self.held.append(piece)
-        self.num_held += len(piece)
-        samples = []
-        while self.num_held >= self.wanted:
-            samples.append(self._run(self.wanted, is_last=False))
+        self.pieces.append(piece)
+        self.num_waiting += len(piece)
+        if self.num_waiting < self.wanted:
+            return np.zeros(0, np.float32)
+        waiting, start, samples = np.concatenate(self.pieces), 0, []
+        while len(waiting) - start >= self.wanted:
+            samples.append(self._run(waiting[start : start + self.wanted], is_last=False))
+            start += self.wanted
             self.step = self.wanted = min(2 * self.step, self.codec.synthesis.step)
-        return np.concatenate(samples) if samples else np.zeros(0, np.float32)
+        self.pieces, self.num_waiting = [waiting[start:].copy()], len(waiting) - start
+        return np.concatenate(samples)
 
     def finish(self) -> np.ndarray:
-        if self.num_held + len(self.inversion.magnitudes) == 0:
+        waiting = np.concatenate([np.zeros((0, self.codec.width), np.float32), *self.pieces])
+        if len(waiting) + len(self.inversion.magnitudes) == 0:
             return np.zeros(0, np.float32)
-        return self._run(self.num_held, is_last=True)
+        return self._run(waiting, is_last=True)
 
-    def _run(self, num_frames: int, is_last: bool) -> np.ndarray:
-        held = np.concatenate([*self.held, np.zeros((0, self.codec.width), np.float32)])
-        self.held, self.num_held = [held[num_frames:]], len(held) - num_frames
-        latents = torch.tensor(held[:num_frames], dtype=torch.float32, device=self.codec.device)
+    def _run(self, latents: np.ndarray, is_last: bool) -> np.ndarray:
+        frames = torch.tensor(latents, dtype=torch.float32, device=self.codec.device)
         with torch.inference_mode():
-            return self.inversion.run(self.codec.magnitudes(latents), is_last).cpu().numpy()
+            return self.inversion.run(self.codec.magnitudes(frames), is_last).cpu().numpy()
 
 
 def mel_bands(window: int) -> Float[np.ndarray, "bins bands"]:

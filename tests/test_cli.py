@@ -169,7 +169,7 @@ def test_multirun_ends_with_the_code_of_what_failed(toy) -> None:
 def test_help_is_for_people(toy) -> None:
     done = toy("--help")
     assert done.code == 0 and done.stderr == ""
-    for word in ("data.path (null)", "trainer.max_steps (300)", "family.segment_s", "Groups", "continuation",
+    for word in ("data.path (null)", "trainer.max_steps (200)", "family.segment_s", "Groups", "continuation",
                  "Examples", "--config-dir", "AVRAY_DEBUG", "5 training failed"):
         assert word in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120

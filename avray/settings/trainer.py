@@ -15,7 +15,7 @@ class OptimizerSettings:
 
     name: Literal["adamw", "adam", "nadam", "radam", "adafactor", "sgd"] = "adamw"
     """As in torch.optim; nadam's and radam's weight decay is decoupled too."""
-    lr: float = 1e-3
+    lr: float = 5e-4
     """Learning rate at the top of the schedule."""
     weight_decay: float = 0.01
     """Decoupled but for adam and sgd."""

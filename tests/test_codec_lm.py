@@ -404,6 +404,11 @@ def test_a_window_longer_than_the_context():
     tiny(segment_s=6.2).fit(iter(rows_of()))
 
 
+def test_a_context_too_small_for_the_pattern():
+    with pytest.raises(ValueError, match="leaves 5 steps"):
+        tiny(context=5, segment_s=0.2).fit(iter(rows_of()))
+
+
 def test_another_codec_than_the_checkpoints():
     _, fitted = built(tiny())
     with pytest.raises(ValueError, match="toy9.*toy8"):

@@ -100,6 +100,24 @@ def test_threads_change_nothing():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.gpu
+def test_a_captured_step_is_the_step():
+    model = made(dict(context=600)).cuda()
+    x = inputs(3, 600, 64).cuda()
+    plain, captured = CachedTransformer(model, 3), CachedTransformer(model, 3, cuda_graph=True)
+    for cached in (plain, captured):
+        cached.prefill(1, x[1, :280])
+    for at in range(300):
+        positions = [at, 280 + at, 0]
+        now = torch.stack([x[0, at], x[1, 280 + at], x[2, 0]])
+        torch.testing.assert_close(captured.step(now, positions), plain.step(now, positions), atol=1e-4, rtol=1e-4)
+
+
+def test_a_cuda_graph_needs_a_gpu():
+    with pytest.raises(ValueError, match="cuda_graph"):
+        CachedTransformer(made({}), 1, cuda_graph=True)
+
+
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(native, "_loaded", None)
     monkeypatch.setenv("CC", "no-such-compiler")

@@ -40,7 +40,7 @@ class CodecLM:
     the model can end by itself. ``condition_dropout`` of the rows lose their text in training, for guidance. Then come
     the transformer's settings (``TransformerConfig``) and the defaults of ``Options``. ``weights`` is how it generates:
     ``torch`` on any device, or ``float32``, ``bfloat16`` or ``int8`` weights in a step compiled for this CPU, which
-    needs gcc (``avray.nn.native``)."""
+    needs gcc (``avray.nn.native``); ``cuda_graph`` captures torch's step on an NVIDIA GPU."""
 
     codec: CodecConfig
     num_codebooks: int = 4
@@ -72,6 +72,7 @@ class CodecLM:
     top_p: float | None = None
     guidance_scale: float = 3.0
     weights: Weights = "torch"
+    cuda_graph: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "pattern", read_pattern(self.pattern))
@@ -150,13 +151,17 @@ class CodecLM:
             raise ValueError(f"family.num_codebooks = {self.num_codebooks}, but codec {self.codec.name} has "
                              f"{codec.num_codebooks}.")
         layout = read_pattern(self.pattern).layout(self.num_codebooks, codec.cardinality)
+        name, least = read_pattern(self.pattern).name, layout.num_steps(4)
         room = self.context - (self.text_bytes if self.text != "none" else 0)
         steps = layout.num_steps(round(self.segment_s * codec.frame_rate_hz) + self.stop)
+        if room < least:
+            raise ValueError(f"family.context leaves {room} steps for {self.num_codebooks} codebooks with pattern "
+                             f"{name}: it takes at least {least}.")
         if steps > room:
             most = layout.num_frames(room) / codec.frame_rate_hz
-            raise ValueError(f"family.segment_s = {self.segment_s:g} makes {steps} steps with pattern "
-                             f"{read_pattern(self.pattern).name}, but family.context leaves {room}: use at most "
-                             f"{int(most * 100) / 100:g} s or a larger context.")
+            raise ValueError(f"family.segment_s = {self.segment_s:g} makes {steps} steps with pattern {name}, but "
+                             f"family.context leaves {room}: use at most {int(most * 100) / 100:g} s or a larger "
+                             "context.")
 
     def collate(self, rows: Sequence[Row], fitted: Fitted) -> Batch:
         """``inputs`` and ``targets`` ``[batch, steps, streams]`` (-1 is nothing), ``text`` ``[batch, steps]`` bytes in
@@ -277,7 +282,7 @@ class CodecLM:
 
     def sampler(self, model: CodecTransformer, fitted: Fitted, slots: int) -> CodecSampler:
         return CodecSampler(model, self.layout(fitted), fitted.data["frame_rate_hz"], self.stop, slots,
-                            self.weights, self._generation)
+                            self.weights, self.cuda_graph, self._generation)
 
     def renderer(self, fitted: Fitted, device: torch.device | str) -> CodesRenderer:
         return CodesRenderer(self.codec.load(device, codec_state(fitted) if self.codec.needs_fit else None), device)

@@ -129,14 +129,15 @@ class CodecSampler:
     """A ``Sampler`` whose pieces are codes ``[frames, codebooks]``."""
 
     def __init__(self, model: CodecTransformer, layout: Layout, frame_rate_hz: float, stop: bool, slots: int,
-                 weights: Weights, generation: Callable[[Options], Generation]):
+                 weights: Weights, cuda_graph: bool, generation: Callable[[Options], Generation]):
         self.model, self.layout, self.frame_rate_hz, self.slots = model.eval(), layout, frame_rate_hz, slots
         self.stop_id = layout.cardinality - 1 if stop else None
         self.generation = generation
         self.context = model.transformer.config.context
         self.device = model.transformer.norm.weight.device
-        self.cache = CachedTransformer(model.transformer, slots, weights)
-        self.free_cache = None if model.text is None else CachedTransformer(model.transformer, slots, weights)
+        self.new_cache = lambda: CachedTransformer(model.transformer, slots, weights, cuda_graph)
+        self.cache = self.new_cache()
+        self.free_cache: CachedTransformer | None = None  # made for the first request that is guided
         self.busy: dict[int, _Slot] = {}
         self.drawer = Drawer([Draw()] * slots, self.device)
         # The embeddings, then a row for nothing and one for the start: a step's input is one lookup.
@@ -177,7 +178,8 @@ class CodecSampler:
     def _encode(self, slot: int, state: _Slot) -> None:
         """Fill the slot's cache with all but the last tokens, which the next step embeds."""
         caches = [(self.cache, state.text)]
-        if state.scale != 1 and self.free_cache is not None:
+        if state.scale != 1:
+            self.free_cache = self.free_cache or self.new_cache()
             caches.append((self.free_cache, state.text[:0]))
         for cache, text in caches:
             inputs = torch.full((1, len(text) + state.step, self.layout.num_streams), NOTHING)

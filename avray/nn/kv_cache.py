@@ -28,9 +28,10 @@ Weights = Literal["torch", "float32", "bfloat16", "int8"]
 class CachedTransformer:
     """Keys and values ``[layers, rows, 2 x kv heads, context, head]`` of a transformer in eval mode, and its step:
     torch's own, or the compiled one (``avray.nn.native``) with weights of the type named; there bfloat16 and int8 keep
-    keys and values in bfloat16."""
+    keys and values in bfloat16. ``cuda_graph`` captures torch's step on an NVIDIA GPU, once for each power of two of
+    positions attended to. ValueError where a choice does not fit the device."""
 
-    def __init__(self, transformer: Transformer, rows: int, weights: Weights = "torch"):
+    def __init__(self, transformer: Transformer, rows: int, weights: Weights = "torch", cuda_graph: bool = False):
         config = transformer.config
         weight = transformer.norm.weight
         dtype = torch.bfloat16 if weights in ("bfloat16", "int8") else weight.dtype
@@ -41,6 +42,9 @@ class CachedTransformer:
         self.lines = (torch.arange(rows * 2 * config.kv_heads, device=weight.device) * context).view(rows, -1)
         self.positions = torch.arange(context, device=weight.device)
         self.native = None if weights == "torch" else NativeStep(transformer, self.cache, weights)
+        if cuda_graph and (weight.device.type != "cuda" or self.native is not None):
+            raise ValueError(f"family.cuda_graph is for torch's step on an NVIDIA GPU, not on {weight.device}.")
+        self.graph = _Graphs(self) if cuda_graph else None
 
     @torch.inference_mode()
     def prefill(self, row: int, x: Float[Tensor, "time width"]) -> None:
@@ -61,20 +65,60 @@ class CachedTransformer:
     def step(self, x: Float[Tensor, "rows width"],
              positions: Sequence[int]) -> Float[Tensor, "rows streams ids"]:
         """Logits after one further step of every row, valid until the next. A row nobody uses may stand at 0."""
-        config = self.transformer.config
         at = torch.tensor(positions, device=x.device)
-        x, angles = self.transformer.place(x, at)
         if self.native is not None:
-            return self.native(x, at, angles).unflatten(-1, (config.num_streams, -1))
-        length, mask = max(positions) + 1, None
-        if self.rows > 1:
-            length = -(-length // ROUND) * ROUND
+            x, angles = self.transformer.place(x, at)
+            return self.native(x, at, angles).unflatten(-1, (self.transformer.config.num_streams, -1))
+        length = max(positions) + 1
+        if self.graph is not None:
+            return self.graph(x, at, length)
+        return self.run(x, at, length if self.rows == 1 else -(-length // ROUND) * ROUND)
+
+    def run(self, x: Tensor, at: Tensor, length: int) -> Tensor:
+        """A step by torch, attending to the first ``length`` positions; a single row's end there, unless graphed."""
+        mask = None
+        x, angles = self.transformer.place(x, at)
+        if self.rows > 1 or self.graph is not None:
             mask = torch.where(self.positions[:length] <= at[:, None], 0.0, -torch.inf).to(x.dtype)[:, None, None]
         lines = (self.lines + at[:, None]).flatten()
         angles = None if angles is None else angles[:, None]
         for cache, block in zip(self.cache, self.transformer.blocks, strict=True):
             x = _step(block, x, cache, lines, length, mask, angles)
         return self.transformer.logits(self.transformer.norm(x))
+
+
+class _Graphs:
+    """A transformer's step as CUDA graphs, one for each length."""
+
+    def __init__(self, cached: CachedTransformer):
+        config, device = cached.transformer.config, cached.cache.device
+        self.cached = cached
+        self.x = torch.zeros(cached.rows, config.width, device=device, dtype=cached.cache.dtype)
+        self.at = torch.zeros(cached.rows, device=device, dtype=torch.int64)
+        self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, x: Tensor, at: Tensor, length: int) -> Tensor:
+        self.x.copy_(x)
+        self.at.copy_(at)
+        length = min(max(256, 1 << (length - 1).bit_length()), len(self.cached.positions))
+        if length not in self.captured:
+            self.captured[length] = self._capture(length)
+        graph, logits = self.captured[length]
+        graph.replay()
+        return logits
+
+    def _capture(self, length: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """After two plain runs, which torch asks for and which write what the replay will write again."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.cached.run(self.x, self.at, length)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.cached.run(self.x, self.at, length)
+        return graph, logits
 
 
 def _step(block: nn.Module, x: Tensor, cache: Tensor, lines: Tensor, length: int, mask: Tensor | None,

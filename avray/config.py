@@ -83,7 +83,7 @@ class PrepareSettings(CommandSettings):
     family: Mapping[str, Any] = field(default_factory=dict)
     """``name`` (or ``_target_``) and the family's own fields."""
     codec: Mapping[str, Any] = field(default_factory=dict)
-    """``name`` (or ``_target_``) and the codec's own fields; the family refers to it."""
+    """``name`` and the codec's own fields; the family refers to it."""
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     """Of no effect here; taken so that ``experiment=`` and train.py's command line fit."""
 
@@ -102,7 +102,7 @@ class TrainSettings(CommandSettings):
     family: Mapping[str, Any] = field(default_factory=dict)
     """``name`` (or ``_target_``) and the family's own fields."""
     codec: Mapping[str, Any] = field(default_factory=dict)
-    """``name`` (or ``_target_``) and the codec's own fields; the family refers to it."""
+    """``name`` and the codec's own fields; the family refers to it."""
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from avray.checkpoint import Checkpoint
 from avray.errors import DataError
 from avray.family import Column, Family, Fitted, Media, Modality, Network, Options, Render, Request, Row, role_columns
 from avray.media import Audio, Video, read_audio, resampled_length
-from avray.registry import family_from_settings
+from avray.registry import saved_family
 
 
 @dataclass(frozen=True)
@@ -171,15 +171,15 @@ class Generator:
         self._outputs: dict[int, list[Output]] = {}
 
     @classmethod
-    def open(cls, path: str | Path, device: str = "cpu", slots: int = 1) -> Generator:
-        """A run, a link or a checkpoint folder; its averaged weights where it has them. CheckpointError for what is
-        none."""
+    def open(cls, path: str | Path, device: str = "cpu", slots: int = 1, family: str | None = None) -> Generator:
+        """A run, a link or a checkpoint folder; its averaged weights where it has them. ``family`` is the dotted path
+        of a class of one's own. CheckpointError for what is none."""
         checkpoint = Checkpoint.open(path)
-        family = family_from_settings(checkpoint.family)
+        own = saved_family(checkpoint.family, family)
         with torch.device("meta"):
-            model = family.build(checkpoint.fitted)
+            model = own.build(checkpoint.fitted)
         checkpoint.load_into(model)
-        return cls(Engine(family, model, checkpoint.fitted, slots, device), checkpoint)
+        return cls(Engine(own, model, checkpoint.fitted, slots, device), checkpoint)
 
     def check(self, request: Request) -> None:
         """ValueError, naming the field, for a request this model cannot take."""

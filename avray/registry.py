@@ -85,8 +85,16 @@ def family_from_settings(settings: Mapping[str, Any]) -> Family:
     return cast(Family, from_mapping(family_class(name), given, "family"))
 
 
+def saved_family(settings: Mapping[str, Any], target: str | None = None) -> Family:
+    """The family that a checkpoint names. ``target`` is where a class of the user's own is found
+    (``mypackage.MyFamily``): a checkpoint cannot say so itself. ValueError where it is not known."""
+    if target is not None:
+        register_target(target)
+    return family_from_settings(settings)
+
+
 def family_settings(family: Family) -> dict[str, Any]:
-    """The inverse: a name and plain values, fit for a checkpoint's ``family.json``.
+    """The inverse of ``family_from_settings``: a name and plain values, fit for a checkpoint's ``family.json``.
 
     ValueError for a class that is not registered, or whose settings do not build an equal family again.
     """

@@ -78,6 +78,9 @@ class Pretrained:
     def __post_init__(self) -> None:
         if self.name not in KINDS:
             raise ValueError(f"codec.name = {self.name}: the codecs with weights are {', '.join(KINDS)}.")
+        if self.path is not None and Path(self.path).expanduser().exists():
+            # A checkpoint keeps this and is opened from elsewhere.
+            object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
         if self.dtype not in DTYPES:
             raise ValueError(f"codec.dtype = {self.dtype}: it is one of {', '.join(DTYPES)}.")
         if self.num_codebooks is not None and self.bandwidth_kbps is not None:

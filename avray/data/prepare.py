@@ -36,6 +36,8 @@ class Prepared:
     test: Plan | None
     fitted: Fitted
     columns: list[Column]
+    computed: int
+    """Shards that had to be embedded for it."""
 
 
 def prepare_training(family: Family, data: DataSettings, run_dir: Path, progress: str = "off") -> Prepared:
@@ -54,13 +56,14 @@ def prepare_training(family: Family, data: DataSettings, run_dir: Path, progress
     sample = train.subset(sample_shards(train, data.fit_rows))
     # Where fitting does not change the columns, one pass of the actors serves both.
     together = [sample, *held_out] if family_needs_no_fit(before, family) else [sample]
-    embed(together, before, cache, data, dataset, progress, "the first rows")
+    computed = embed(together, before, cache, data, dataset, progress, "the first rows")
     fitted = family.fit(iter(sample_rows(sample, cache, before, data.fit_rows)))
     columns = family.columns(fitted)
-    embed(held_out, columns, cache, data, dataset, progress, "the held-out rows")
+    computed += embed(held_out, columns, cache, data, dataset, progress, "the held-out rows")
     if data.mode == "prepared":
         require(cache, [train], columns)
-    return Prepared(dataset, train, dataset.plans["validation"], dataset.plans.get("test"), fitted, columns)
+    return Prepared(dataset, train, dataset.plans["validation"], dataset.plans.get("test"), fitted, columns,
+                    computed)
 
 
 def prepare_all(settings: PrepareSettings, family: Family) -> str:
@@ -72,8 +75,8 @@ def prepare_all(settings: PrepareSettings, family: Family) -> str:
     prepared = prepare_training(family, replace(data, mode="stream"), run_dir, settings.logging.progress)
     cache = Cache(data.cache)
     plans = list(prepared.dataset.plans.values())
-    computed = embed(plans, prepared.columns, cache, replace(data, mode="stream"), prepared.dataset,
-                     settings.logging.progress, "all rows")
+    computed = prepared.computed + embed(plans, prepared.columns, cache, replace(data, mode="stream"),
+                                         prepared.dataset, settings.logging.progress, "all rows")
     lost = {name: reason for plan in plans for name, reason in cache.rejects(plan, prepared.columns).items()}
     total = sum(plan.num_examples for plan in plans)
     summary = {"rows": prepared.dataset.counts(), "examples": total, "examples_rejected": len(lost),

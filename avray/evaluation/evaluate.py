@@ -23,7 +23,7 @@ from avray.engine import Generator
 from avray.errors import DataError
 from avray.evaluation.report import ReportExample, write_report
 from avray.family import Family, Options
-from avray.registry import family_from_settings, register_target
+from avray.registry import saved_family
 from avray.train.loggers import read_metrics
 from avray.train.samples import Answer, answer, questions
 from avray.train.validation import checkpoint_loss
@@ -36,9 +36,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     run_dir = Path(settings.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(settings.checkpoint)
-    if "_target_" in settings.family:  # a class of the user's own has to be known before its name means anything
-        register_target(settings.family["_target_"])
-    family = family_from_settings(checkpoint.family)
+    family = saved_family(checkpoint.family, settings.family.get("_target_"))
     data = data_of(settings, checkpoint)
     device = device_of(settings.device)
     dataset = open_dataset(family, data, run_dir / "rejects.jsonl")

@@ -32,8 +32,8 @@ class GenerateRows:
     """An actor that holds the model; rows in, one result a row out."""
 
     def __init__(self, checkpoint: str, device: str, slots: int, options: Options, seed: int, folder: str,
-                 include_prompt: bool) -> None:
-        self.generator = Generator.open(checkpoint, device=device, slots=slots)
+                 include_prompt: bool, family: str | None) -> None:
+        self.generator = Generator.open(checkpoint, device=device, slots=slots, family=family)
         self.options, self.seed, self.folder, self.include_prompt = options, seed, folder, include_prompt
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -89,7 +89,7 @@ def run(settings: GenerateSettings, rows: list[Row], folder: Path) -> None:
     batches = [rows[i : i + settings.slots] for i in range(0, len(rows), settings.slots)]
     dataset = ray.data.from_arrow([pa.table({"row": [json.dumps(row) for row in batch]}) for batch in batches])
     arguments = (settings.checkpoint, device, settings.slots, options_of(settings), settings.seed, str(folder),
-                 settings.include_prompt)
+                 settings.include_prompt, settings.family.get("_target_"))
     dataset = dataset.map_batches(GenerateRows, fn_constructor_args=arguments, batch_size=None, batch_format="pyarrow",
                                   num_cpus=1.0, num_gpus=gpus,
                                   compute=ray.data.ActorPoolStrategy(size=min(settings.num_workers, len(batches))))

@@ -16,7 +16,8 @@ SUFFIXES = {Audio: ".wav", Video: ".mp4", str: ".txt"}
 def generate(settings: GenerateSettings) -> str:
     """Generate, write the file, and say where it is and how to make it again."""
     assert settings.checkpoint is not None
-    generator = Generator.open(settings.checkpoint, device=device_of(settings.device), slots=1)
+    generator = Generator.open(settings.checkpoint, device=device_of(settings.device), slots=1,
+                               family=settings.family.get("_target_"))
     result = generator.generate(prompt=settings.prompt, audio=settings.audio, task=settings.task,
                                 options=options_of(settings), seed=settings.seed)
     path = write(result, settings.output, settings.include_prompt)

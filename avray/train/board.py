@@ -35,9 +35,10 @@ class Board:
 
 
 @ray.remote(num_cpus=0, max_retries=1)
-def sample(checkpoint: str, asked: list[Asked], folder: str, tensorboard: str | None, step: int) -> None:
+def sample(checkpoint: str, asked: list[Asked], folder: str, tensorboard: str | None, step: int,
+           family: str | None) -> None:
     """Samples of one checkpoint, beside the training."""
-    write_samples(checkpoint, asked, Path(folder), Path(tensorboard) if tensorboard else None, step)
+    write_samples(checkpoint, asked, Path(folder), Path(tensorboard) if tensorboard else None, step, family)
 
 
 class Watch:
@@ -89,7 +90,8 @@ class Watch:
         wanted = self.job.settings.trainer.loggers.tensorboard
         tensorboard = str(self.run_dir / "tensorboard" / "samples") if wanted else None
         folder = str(self.run_dir / "samples" / f"step-{step:08d}")
-        self.sampling.append(sample.remote(checkpoint, self.asked, folder, tensorboard, step))
+        family = self.job.settings.family.get("_target_")
+        self.sampling.append(sample.remote(checkpoint, self.asked, folder, tensorboard, step, family))
 
     def finish(self) -> None:
         """Wait for the samples under way. One that failed (its checkpoint was pruned meanwhile) is said, not raised."""

@@ -85,9 +85,9 @@ def with_seconds(options: Options, seconds: float | None) -> Options:
 
 
 def write_samples(checkpoint: str, asked: Sequence[Asked], folder: Path, tensorboard: Path | None, step: int,
-                  device: str = "cpu") -> None:
+                  family: str | None = None) -> None:
     """``folder`` gets each sample as WAV, the target beside it and a page of spectrograms; TensorBoard the same."""
-    answers = answer(Generator.open(checkpoint, device=device, slots=min(4, len(asked))), asked, Options())
+    answers = answer(Generator.open(checkpoint, slots=min(4, len(asked)), family=family), asked, Options())
     folder.mkdir(parents=True, exist_ok=True)
     heard = [item for item in answers if isinstance(item.generated.media, Audio)]
     for item in answers:

@@ -1,0 +1,94 @@
+"""The commands as a person runs them: processes with a Ray of their own, some of them killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+SMALL = ["family.segment_s=0.4", "family.num_layers=1", "family.num_heads=4", "family.feed_forward=32"]
+
+
+def tones(folder, count, seconds):
+    """``count`` recordings, each of a pitch of its own."""
+    folder.mkdir()
+    time_s = np.arange(round(seconds * 16_000)) / 16_000
+    for index in range(count):
+        tone = 0.3 * np.sin(2 * np.pi * (200 + 7 * index) * time_s)
+        soundfile.write(folder / f"tone{index:03d}.wav", tone, 16_000)
+    return folder
+
+
+def command(script, *overrides, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(ROOT / "pipelines" / script), *map(str, overrides)], cwd=cwd,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def result(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_prepare_killed_halfway_computes_only_what_is_missing(tmp_path):
+    wavs = tones(tmp_path / "wavs", 400, 1.0)
+    cache = tmp_path / "cache"
+    given = [f"data.path={wavs}", f"data.cache={cache}", f"run.dir={tmp_path / 'run'}", *SMALL]
+
+    def commits():
+        return {path: path.stat().st_mtime_ns for path in cache.glob("shards/*/*.json")}
+
+    killed = command("prepare.py", *given, cwd=tmp_path)
+    while len(commits()) < 30:
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    kept = commits()
+    while (now := commits()) != kept or time.sleep(3):  # its actors end a moment after it
+        kept = now
+    said = re.search(r"in (\d+) shards .*\((\d+) computed now, 0 rejected\)", result(command("prepare.py", *given,
+                                                                                          cwd=tmp_path)))
+    shards, computed = map(int, said.groups())
+    assert shards > len(kept) + 30, "it was killed too late to show anything"
+    assert computed == shards - len(kept)
+    assert {path: stamp for path, stamp in commits().items() if path in kept} == kept
+
+
+def test_a_family_of_ones_own(tmp_path):
+    """Its module lies beside the user, and is named again for the checkpoint."""
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from avray.families.continuation import Continuation\n"
+        "@dataclass(frozen=True)\n"
+        "class Louder(Continuation):\n"
+        "    emphasis: float = 0.1\n"
+        "    def loss(self, model, batch, generator):\n"
+        "        return {name: (1 + self.emphasis) * term\n"
+        "                for name, term in super(Louder, self).loss(model, batch, generator).items()}\n"
+        "class Count:\n"
+        "    def on_epoch_end(self, loop):\n"
+        f"        with open({str(tmp_path / 'epochs.txt')!r}, 'a') as file:\n"
+        "            print(loop.step, file=file)\n")
+    wavs = tones(tmp_path / "wavs", 12, 2.0)
+    own = ["family=own", "family._target_=mine.Louder"]
+    result(command("train.py", *own, "family.emphasis=0.2", *SMALL, f"data.path={wavs}", f"data.cache={tmp_path}/cache",
+                   f"run.dir={tmp_path}/run", "trainer.max_steps=2", "trainer.batch_size=4", "trainer.num_samples=1",
+                   "trainer.schedule.warmup_steps=0", "trainer.hooks=[{_target_: mine.Count}]", cwd=tmp_path))
+    assert (tmp_path / "epochs.txt").read_text() == "2\n"
+    assert list((tmp_path / "run" / "samples").rglob("*.generated.wav"))
+    ask = ["generate.py", f"checkpoint={tmp_path}/run", f"audio={wavs}/tone001.wav", "seconds=1",
+           f"output={tmp_path}/out.wav"]
+    unknown = command(*ask, cwd=tmp_path)
+    assert "Louder is not known" in unknown.communicate()[0] and unknown.returncode == 2
+    result(command(*ask, "family._target_=mine.Louder", cwd=tmp_path))
+    assert soundfile.info(tmp_path / "out.wav").frames == 24_000

@@ -142,6 +142,8 @@ if int(stop): trainer["stop_at_step"] = int(stop)
 job = toy_job(Path(folder), trainer, run=run)
 Loop(job, toy_place(job, int(rank), int(workers))).run()
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # FSDP2's mesh keeps gloo's threads, and one that drops a tensor while Python ends would abort
 """
 
 

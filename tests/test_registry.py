@@ -9,6 +9,7 @@ import pytest
 
 from avray import registry
 from avray.checkpoint import refuse_code
+from avray.codecs.pretrained import Pretrained
 from avray.codecs.spectral import Spectral
 from avray.families.continuation import Continuation
 from avray.registry import family_class, family_from_settings, family_settings, register, register_target
@@ -111,3 +112,12 @@ def test_installed_packages_bring_families(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == "avray.families" else [])
     assert family_from_settings({"name": "plugin", "segment_s": 4}) == ToyFamily(segment_s=4.0)
     assert family_class("continuation") is Continuation, "avray's own names stay its own"
+
+
+def test_a_codec_with_weights_is_found_again_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    family = Continuation(codec=Pretrained("mimi", path="weights", num_codebooks=4))
+    data = family_settings(family)
+    monkeypatch.chdir("/")
+    assert data["codec"]["path"] == str(tmp_path / "weights") and family_from_settings(data) == family

@@ -111,7 +111,10 @@ class SpectralCodec:
     def analyse(self, piece: Float[Tensor, " samples"]) -> Float[Tensor, "frames width"]:
         """One block of exactly ``BLOCK_FRAMES`` frames."""
         frames = piece.unfold(0, self.synthesis.window, self.hop_samples) * self.window
-        return (torch.fft.rfft(frames).abs() @ self.basis).clamp_min_(FLOOR).log_()
+        spectra = torch.fft.rfft(frames)
+        # By hand, as abs() takes 2.4 times as long: it guards against overflow that samples near 1 cannot reach.
+        magnitudes = torch.addcmul(spectra.real.square(), spectra.imag, spectra.imag).sqrt_()
+        return (magnitudes @ self.basis).clamp_min_(FLOOR).log_()
 
     def magnitudes(self, latents: Float[Tensor, "frames width"]) -> Float[Tensor, "frames bins"]:
         """The non-negative spectra whose bands come nearest: ten rounds of expectation-maximisation (Richardson

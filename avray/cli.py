@@ -16,11 +16,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from avray.config import EvaluateSettings, GenerateSettings, PrepareSettings, RunSettings, TrainSettings, from_mapping
+from avray.config import (
+    AppSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    PrepareSettings,
+    RunSettings,
+    TrainSettings,
+    from_mapping,
+)
 from avray.errors import CheckpointError, DataError, MissingDependency, TrainingFailed
 from avray.settings.help import Command, help_text
 
-__all__ = ["EVALUATE", "GENERATE", "PREPARE", "TRAIN", "Command", "compose", "run_command"]
+__all__ = ["APP", "EVALUATE", "GENERATE", "PREPARE", "TRAIN", "Command", "compose", "run_command"]
 
 EXIT_CODES = {KeyboardInterrupt: 130, ValueError: 2, DataError: 3, CheckpointError: 3, MissingDependency: 4,
               TrainingFailed: 5}
@@ -65,6 +73,15 @@ GENERATE = Command(
      'checkpoint=runs/x/best prompt="a bell, then drums" temperature=0.8 seed=1',
      "checkpoint=runs/x/best data.path=prompts.jsonl output=folder/"),
     extra_keys={"data.path": ("null", "Rows to generate for (JSONL, folder …), a request each; null: a single one.")})
+APP = Command(
+    "app", AppSettings,
+    "Serve checkpoints over HTTP, as clients of OpenAI's API know it; the playground is at /.",
+    ("checkpoints", "cluster", "unload", "serve.host", "serve.port", "serve.replica.slots", "serve.replica.num_gpus",
+     "serve.replica.min_replicas", "serve.replica.max_replicas", "serve.limits.queue", "serve.limits.audio_seconds_out",
+     "serve.limits.request_timeout_s", "serve.jobs.folder"),
+    ("", "checkpoints=[runs/a/best,speech:runs/b/best]", "serve=gpu checkpoints=[runs/a]",
+     "cluster=auto checkpoints=[runs/c]", "cluster=auto unload=[c]"),
+    folder="serve")
 
 
 def run_command(main: Callable[[Any], str], command: Command, arguments: Sequence[str] | None = None) -> NoReturn:

@@ -23,11 +23,13 @@ from avray.settings.convert import (
     to_mapping,
 )
 from avray.settings.data import DataSettings
+from avray.settings.serve import ServeSettings
 from avray.settings.trainer import LoggerSettings, OptimizerSettings, ScheduleSettings, TrainerSettings
 
 __all__ = [
-    "DataSettings", "EvaluateSettings", "GenerateSettings", "LoggerSettings", "LoggingSettings", "OptimizerSettings",
-    "PrepareSettings", "RunSettings", "ScheduleSettings", "TrainSettings", "TrainerSettings", "absolute",
+    "AppSettings", "DataSettings", "EvaluateSettings", "GenerateSettings", "LoggerSettings", "LoggingSettings",
+    "OptimizerSettings", "PrepareSettings", "RunSettings", "ScheduleSettings", "ServeSettings", "TrainSettings",
+    "TrainerSettings", "absolute",
     "from_mapping", "import_target", "instantiate", "to_mapping",
 ]
 
@@ -208,3 +210,26 @@ class GenerateSettings(CommandSettings):
         given = [name for name in ("prompt", "audio", "video") if getattr(self, name) is not None]
         if self.data.path is not None and given:
             raise ValueError(f"data.path gives one request a row; {' and '.join(given)} is for a single one.")
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """``serve/app.py``: checkpoints behind one HTTP server."""
+
+    checkpoints: tuple[str, ...] = ()
+    """Runs, links or checkpoint folders, each a model by its run's name, or ``name:path``; empty: the newest run."""
+    checkpoint: str | None = None
+    """The same for a single one."""
+    unload: tuple[str, ...] = ()
+    """Names of models to take out of the server that ``cluster`` runs."""
+    cluster: str | None = None
+    """null: a Ray of our own on this machine; else an address (auto: the one that runs here), whose server gets these
+    models beside its others."""
+    logging: LoggingSettings = LoggingSettings()
+    serve: ServeSettings = field(default_factory=ServeSettings)
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None and self.checkpoints:
+            raise ValueError("checkpoint= is one model and checkpoints=[…] several: give one of them.")
+        if self.unload and (self.cluster is None or self.checkpoint or self.checkpoints):
+            raise ValueError("unload=[name] takes models out of a running server: give cluster= and nothing to load.")

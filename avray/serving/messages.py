@@ -1,0 +1,85 @@
+"""What travels between the gateway and a model's replica. No torch here, as in all of the gateway.
+
+Sound travels as 16-bit samples, which every format ends in and half the bytes of float32. What went wrong travels as a
+value: an exception would bring a traceback with paths along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One thing to generate, as the gateway checked it. ``options`` are those of ``avray.family.Options`` that were
+    given; ``audio`` is a file's bytes."""
+
+    text: str | None = None
+    audio: bytes | None = None
+    task: str | None = None
+    options: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    stream: bool = False
+    """False: all of it in one Part."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is final now: interleaved 16-bit samples, little-endian, or text."""
+
+    data: bytes | str
+    done: bool
+    sample_rate_hz: int = 0
+    channels: int = 0
+    checkpoint: str = ""
+    """Of the replica that made it, which an update may just be replacing."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Nothing (more) comes. ``status`` is HTTP's; below 500 it is the request's fault."""
+
+    status: int
+    message: str
+    param: str | None = None
+
+
+Takes = Literal["nothing", "text", "audio", "text+audio"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model is and answers, found by asking its family about requests of each kind."""
+
+    name: str
+    family: str
+    modality: str
+    takes: tuple[Takes, ...]
+    options: tuple[str, ...]
+    sample_rate_hz: int
+    segment_s: float
+    checkpoint: str
+    """The SHA-256 of its manifest."""
+    step: int
+    created: int
+    slots: int
+    max_replicas: int
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The HTTP routes that this model answers."""
+        asked = any(kind in self.takes for kind in ("nothing", "text"))
+        heard = any(kind in self.takes for kind in ("audio", "text+audio"))
+        if self.modality == "audio":
+            return (("/v1/audio/generate", "/v1/audio/speech") if asked else ()) + (
+                ("/v1/audio/continuations",) if heard else ())
+        if self.modality == "text":
+            return (("/v1/completions",) if asked else ()) + (("/v1/audio/transcriptions",) if heard else ())
+        return ("/v1/videos",) if asked and self.modality == "video" else ()
+
+    @property
+    def capacity(self) -> int:
+        """Requests under way at once, at most."""
+        return self.slots * self.max_replicas

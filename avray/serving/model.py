@@ -1,0 +1,175 @@
+"""A replica of one model: an engine in a thread of its own, and an async generator that Serve can cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from avray.checkpoint import Checkpoint
+from avray.checkpoint.store import MANIFEST
+from avray.devices import device_of
+from avray.engine import Engine, Generator, Output
+from avray.errors import DataError
+from avray.family import Options, Request
+from avray.media import Audio, Limits, read_audio
+from avray.serving.engine_thread import EngineThread, Stream
+from avray.serving.messages import Ask, Card, Part, Refusal, Takes
+from avray.settings.serve import LimitSettings, ReplicaSettings
+
+PART_S = 0.1
+"""Sound of one Part after the first, at least: each costs about a millisecond on its way."""
+_TRIED = Options(seconds=1.0, max_tokens=8, temperature=1.0, top_k=4, top_p=0.9, guidance_scale=2.0, num_steps=4,
+                 beams=2)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What a replica is started with; plain, and printed in no log."""
+
+    name: str
+    checkpoint: str
+    replica: ReplicaSettings
+    limits: LimitSettings
+
+
+class Model:
+    """The deployment's class. ``generate`` yields Parts, or one Refusal at any point."""
+
+    async def __init__(self, settings: ModelSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        self.settings = settings
+        # The engine's Python would keep the event loop waiting for up to 5 ms each time.
+        sys.setswitchinterval(0.0005)
+        self.thread = EngineThread(self._build, asyncio.get_running_loop())
+        self.thread.start()
+        self.engine = await self.thread.ready
+
+    def _build(self) -> Engine:
+        replica = self.settings.replica
+        torch.set_num_threads(replica.num_threads)
+        generator = Generator.open(self.settings.checkpoint, device_of(replica.device_name), replica.slots)
+        assert generator.checkpoint is not None
+        self._card = make_card(self.settings, generator.engine, generator.checkpoint)
+        return generator.engine
+
+    async def card(self) -> Card:
+        return self._card
+
+    async def process(self) -> int:
+        """The process id, for tests that kill it."""
+        return os.getpid()
+
+    async def load(self) -> dict[str, int]:
+        return {"active": self.thread.active, "steps": self.thread.steps}
+
+    async def check_health(self) -> None:
+        if not self.thread.is_alive() or self.thread.failures >= self.settings.replica.unhealthy_after:
+            raise RuntimeError("The engine does not run any more.")
+
+    async def generate(self, ask: Ask) -> AsyncIterator[Part | Refusal]:
+        try:
+            request = await asyncio.to_thread(self._request, ask) if ask.audio else self._request(ask)
+        except (ValueError, DataError) as error:
+            yield refusal(error)
+            return
+        stream = self.thread.submit(request)
+        try:
+            async for part in self._parts(stream, ask.stream):
+                yield part
+        finally:
+            stream.cancel()
+
+    def _request(self, ask: Ask) -> Request:
+        options = Options(**ask.options)  # type: ignore[arg-type]
+        audio = None if ask.audio is None else decoded(ask.audio, self.settings.limits)
+        return Request(text=ask.text, audio=audio, task=ask.task, options=options, seed=ask.seed)
+
+    async def _parts(self, stream: Stream, in_parts: bool) -> AsyncIterator[Part | Refusal]:
+        held: list[Any] = []
+        num_held, first = 0, True
+        rate = self.engine.renderer.sample_rate_hz
+        async for outputs in stream.batches():
+            last: Output = outputs[-1]
+            made = [output.media for output in outputs if output.media is not None]
+            held, num_held = held + made, num_held + sum(len(media.T) if rate else len(media) for media in made)
+            if last.error is not None:
+                yield refusal(last.error)
+                return
+            enough = num_held > 0 and (first or num_held >= PART_S * rate)
+            if last.done or (in_parts and enough):
+                yield self._part(held, last.done)
+                held, num_held, first = [], 0, False
+
+    def _part(self, held: list[Any], done: bool) -> Part:
+        rate = self.engine.renderer.sample_rate_hz
+        if not rate:
+            return Part("".join(held), done, checkpoint=self._card.checkpoint)
+        channels = held[0].shape[0] if held else 1
+        return Part(b"".join(map(samples16, held)), done, rate, channels, self._card.checkpoint)
+
+
+def samples16(samples: np.ndarray) -> bytes:
+    """float32 ``[channels, time]`` -> interleaved 16-bit samples, clipped: the bits that libsndfile writes, which
+    rounds at 32 bits and then drops 16 of them."""
+    wide = np.rint(samples.T.astype(np.float64) * 2**31).astype(np.int64) >> 16
+    return np.clip(wide, -32768, 32767).astype("<i2").tobytes()
+
+
+def decoded(data: bytes, limits: LimitSettings) -> Audio:
+    """The recording that a file's bytes hold, bounded by its header before memory is taken. DataError, without a
+    path in it, for what is none."""
+    bounds = Limits(max_file_bytes=limits.body_bytes, max_seconds=limits.audio_seconds_in,
+                    max_decoded_bytes=limits.decoded_bytes)
+    with tempfile.NamedTemporaryFile(prefix="avray-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
+        file.write(data)
+        file.flush()
+        try:
+            return read_audio(file.name, limits=bounds)
+        except DataError as error:
+            raise DataError(str(error).replace(file.name, "file").replace("data.limits", "serve.limits")) from None
+
+
+def refusal(error: Exception) -> Refusal:
+    """ValueErrors and DataErrors are the request's fault and name the field; all else is ours."""
+    if not isinstance(error, (ValueError, DataError)):
+        return Refusal(500, "The model failed on this request.")
+    message = str(error)
+    names = {field.name for field in fields(Options)} | {"text", "audio", "video", "task", "file"}
+    named = next((word for word in re.findall(r"\w+", message) if word in names), None)
+    return Refusal(400, message, {"text": "input", "audio": "file", "num_steps": "steps"}.get(named or "", named))
+
+
+def make_card(settings: ModelSettings, engine: Engine, checkpoint: Checkpoint) -> Card:
+    """Ask the family about a request of each kind, and about each option with the first kind that it takes."""
+    rate = engine.renderer.sample_rate_hz or 16_000
+    sound = Audio(np.zeros((1, rate), np.float32), rate)
+    kinds = {"nothing": Request(), "text": Request(text="a"), "audio": Request(audio=sound),
+             "text+audio": Request(text="a", audio=sound)}
+    taken = {kind: request for kind, request in kinds.items() if _takes(engine, request)}
+    options = [name for name in _TRIED.given() if any(
+        _takes(engine, replace(request, options=Options(**{name: getattr(_TRIED, name)})))
+        for request in taken.values())]
+    assert set(kinds) == set(get_args(Takes))
+    return Card(
+        name=settings.name, family=str(checkpoint.family["name"]), modality=engine.renderer.modality,
+        takes=tuple(taken), options=tuple(options),  # type: ignore[arg-type]
+        sample_rate_hz=engine.renderer.sample_rate_hz, segment_s=engine.family.segment_s,
+        checkpoint=str(checkpoint.manifest["sha256"]), step=checkpoint.step,
+        created=int((checkpoint.path / MANIFEST).stat().st_mtime), slots=settings.replica.slots,
+        max_replicas=settings.replica.max_replicas)
+
+
+def _takes(engine: Engine, request: Request) -> bool:
+    try:
+        engine.check(request)
+    except ValueError:
+        return False
+    return True

@@ -1,6 +1,6 @@
 """Recordings → latents in Parquet: avray on Ray Data beside a plain two-process loop over the same network, and Daft.
 
-    python benchmarks/prepare.py [--minutes 180] [--repeats 5] [--json FILE]
+    python benchmarks/prepare.py [--minutes 480] [--repeats 5] [--json FILE]
 
 All three decode the same WAV files, run the same ``spectral`` network and write float16 latents to Parquet, with two
 processes of one thread each. Start-up is left out: the loop is timed from when its workers have opened the network,
@@ -226,7 +226,7 @@ def memory_worker(hours: float, folder: str, queue) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", type=float, default=180)
+    parser.add_argument("--minutes", type=float, default=480)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--long-hours", type=float, default=10)
     parser.add_argument("--no-daft", action="store_true")

@@ -8,8 +8,6 @@ in another folder find the same cache.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -22,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from avray.checkpoint.foreign import digest, find_weights
 from avray.codecs.dac import Dac
 from avray.codecs.encodec import Encodec24kHz
 from avray.codecs.encodec_48khz import Encodec48kHz
@@ -31,6 +30,7 @@ from avray.codecs.network import NetworkCodec
 from avray.codecs.xcodec import Xcodec
 from avray.errors import CheckpointError, MissingDependency
 from avray.family import Fitted
+from avray.progress import no_weight_bars
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,12 @@ class Pretrained:
 
     def column_id(self) -> str:
         """MissingDependency where the weights are not at hand: it is their digest."""
-        return f"{self.name}-{_digest(self.weights())}-{self.dtype}"
+        return f"{self.name}-{digest(self.weights())}-{self.dtype}"
 
     def weights(self) -> Path:
         """The folder or ``.th`` file. MissingDependency, naming the fix, where there is none."""
-        source = self.path or KINDS[self.name].hub
-        local = Path(source).expanduser()
-        if local.exists():
-            return local
-        cure = ("set codec.path to a folder with config.json and *.safetensors, "
-                f"or codec.download=true to fetch {KINDS[self.name].hub} once")
-        if local.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-            raise MissingDependency(f"codec.path = {source} does not exist: {cure}.")
-        return _snapshot(source, self.revision, self.download, cure)
+        hub = KINDS[self.name].hub
+        return find_weights(self.path or hub, "codec.path", hub, self.revision, self.download)
 
     def load(self, device: torch.device | str = "cpu", fitted: Fitted | None = None) -> NetworkCodec:
         kind, weights = KINDS[self.name], self.weights()
@@ -153,18 +146,6 @@ def fold_weight_norm(model: nn.Module) -> None:
             parametrize.remove_parametrizations(module, "weight")
 
 
-def _snapshot(repository: str, revision: str | None, download: bool, cure: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, local_files_only=not download,
-                                      allow_patterns=["config.json", "*.safetensors"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        state = f"could not be fetched ({type(error).__name__})" if download else "are not on this machine"
-        raise MissingDependency(f"The weights of {repository} {state}: {cure}.") from error
-
-
 def _open(folder: Path, model_type: str) -> nn.Module:
     import transformers
     from safetensors import SafetensorError
@@ -178,33 +159,13 @@ def _open(folder: Path, model_type: str) -> nn.Module:
     found = json.loads(settings.read_text()).get("model_type")
     if found != model_type:
         raise ValueError(f"codec.path = {folder}: it holds a network of type {found}, not {model_type}.")
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()
     try:
-        model, info = models[model_type].from_pretrained(folder, output_loading_info=True, local_files_only=True,
-                                                         use_safetensors=True, dtype=torch.float32)
+        with no_weight_bars():
+            model, info = models[model_type].from_pretrained(folder, output_loading_info=True, local_files_only=True,
+                                                             use_safetensors=True, dtype=torch.float32)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: the weights cannot be read ({error}).") from error
-    finally:
-        if bars:
-            transformers.logging.enable_progress_bar()
     lacking = sorted(info["missing_keys"])
     if lacking:
         raise CheckpointError(f"{folder}: {len(lacking)} weights are missing, {lacking[0]} among them.")
     return model
-
-
-def _digest(weights: Path) -> str:
-    files = [*sorted(weights.glob("*.safetensors")), weights / "config.json"] if weights.is_dir() else [weights]
-    return _digest_of(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
-
-
-@functools.lru_cache(maxsize=32)
-def _digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for path, size, _ in files:
-        digest.update(f"{path.suffix}:{size}".encode())
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()

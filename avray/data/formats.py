@@ -29,6 +29,8 @@ from avray.errors import DataError
 _KNOWN = {alias for aliases in ALIASES.values() for alias in aliases}
 _MANIFEST = re.compile(r"(metadata|manifest)\.(jsonl|csv|tsv|parquet)", re.IGNORECASE)
 _PAIR = re.compile(r"(?P<stem>(.*/)?pair_\d+)_(?P<side>input|output)\.\w+", re.IGNORECASE)
+_DIGIT = re.compile(r"(.*/)?(?P<digit>\d)_(?P<speaker>[a-z]+)_(?P<take>\d+)\.wav")
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _MAX_ROW_GROUP_BYTES = 2**32
 
 
@@ -74,6 +76,8 @@ def detect(source: Source) -> tuple[str, Source]:
         return "librispeech", Source(source.store, transcripts)
     if any(map(_PAIR.fullmatch, source.media)):
         return "pairs", source
+    if source.media and all(map(_DIGIT.fullmatch, source.media)):
+        return "digits", source
     if nested := [name for name in source.files if _MANIFEST.fullmatch(posixpath.basename(name))]:
         raise DataError(f"{source.store.root} holds data sets in folders ({', '.join(nested[:3])}): give data.path one "
                         "of them, or set data.format=folder to read the recordings without their texts.")
@@ -337,6 +341,17 @@ def read_librispeech(source: Source) -> Iterator[RawRow]:
         yield RawRow(name, 0, {"id": utterance, "audio": name, "group": utterance.split("-")[0]})
 
 
+def read_digits(source: Source) -> Iterator[RawRow]:
+    """The Free Spoken Digit Dataset: ``7_jackson_32.wav`` is take 32 of a speaker's seven. Takes 0 to 9 validate."""
+    for name in source.media:
+        if match := _DIGIT.fullmatch(name):
+            yield RawRow(name, 0, {"id": posixpath.splitext(name)[0], "audio": name,
+                                   "text": _DIGITS[int(match["digit"])], "group": match["speaker"],
+                                   "split": "validation" if int(match["take"]) < 10 else "train"})
+        else:
+            yield RawRow(name, reason="its name is not digit_speaker_take.wav")
+
+
 def read_pairs(source: Source) -> Iterator[RawRow]:
     """``pair_0000_input.wav`` and ``pair_0000_output.wav``, as the original continuation project wrote them."""
     pairs: dict[str, dict[str, str]] = {}
@@ -377,5 +392,5 @@ def read_joined(source: Source) -> Iterator[RawRow]:
 FORMATS: dict[str, Callable[[Source], Iterator[RawRow]]] = {
     "folder": read_folder, "jsonl": read_jsonl, "csv": read_csv, "ljspeech": read_ljspeech,
     "librispeech": read_librispeech, "pairs": read_pairs, "joined": read_joined, "parquet": read_parquet,
-    "text": read_text,
+    "text": read_text, "digits": read_digits,
 }

@@ -30,6 +30,10 @@ from avray.data.rows import from_table, gather, place_of, to_table
 from avray.family import Column, Row
 from avray.media import Limits
 
+BLOCKS_PER_ACTOR = 16
+"""A block of shards costs an actor some 10 ms besides their work, so many shards go several to a block; this many
+blocks an actor still share the work evenly and show progress."""
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -98,10 +102,11 @@ def prepare(plan: Plan, columns: Sequence[Column], cache: Cache, pool: Pool, lim
     done = computed = 0
     spans: list[list[float]] = []
     for column, shards in work.items():
-        dataset = _dataset([pa.table({"shard": [index]}) for index in shards])
+        size = max(1, len(shards) // (BLOCKS_PER_ACTOR * pool.size))
+        dataset = _dataset([pa.table({"shard": shards[i : i + size]}) for i in range(0, len(shards), size)])
         dataset = dataset.map_batches(
             EmbedShards, fn_constructor_args=(reference, cache, column, limits, _device(pool)),
-            **_actors(pool, len(shards)))
+            **_actors(pool, -(-len(shards) // size)))
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             done += batch.num_rows
             computed += int(np.sum(batch["computed"].to_pylist()))

@@ -1,0 +1,55 @@
+"""Other people's weights: where they are, by hub name or local folder, and a name for what they hold.
+
+Nothing is fetched unless ``download`` says so. The name comes from the weights themselves, so that the same ones in
+another folder are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+from avray.errors import MissingDependency
+
+
+def find_weights(source: str, key: str, hub: str, revision: str | None = None, download: bool = False) -> Path:
+    """The folder or file that ``source``, a path or a hub name, stands for. MissingDependency, naming setting ``key``
+    and the fix, where there is none; ``hub`` is the repository to offer."""
+    local = Path(source).expanduser()
+    if local.exists():
+        return local
+    group = key.rpartition(".")[0]
+    cure = (f"set {key} to a folder with config.json and *.safetensors, or {group}.download=true to fetch {hub} once")
+    if local.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        raise MissingDependency(f"{key} = {source} does not exist: {cure}.")
+    return _snapshot(source, revision, download, cure)
+
+
+def _snapshot(repository: str, revision: str | None, download: bool, cure: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=not download,
+                                      allow_patterns=["*.json", "*.safetensors"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        state = f"could not be fetched ({type(error).__name__})" if download else "are not on this machine"
+        raise MissingDependency(f"The weights of {repository} {state}: {cure}.") from error
+
+
+def digest(weights: Path) -> str:
+    """16 hex digits of a folder's safetensors and config.json, or of a file; worked out once while they stay."""
+    files = [*sorted(weights.glob("*.safetensors")), weights / "config.json"] if weights.is_dir() else [weights]
+    return _digest_of(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.lru_cache(maxsize=32)
+def _digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path, size, _ in files:
+        digest.update(f"{path.suffix}:{size}".encode())
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Frozen networks and tokenisers that a family conditions on."""

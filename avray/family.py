@@ -291,6 +291,15 @@ class Metric(Protocol):
 
 
 @runtime_checkable
+class Judged(Protocol):
+    """What a family may add: figures of how well it foresees held-out rows, given the truth so far. ``evaluate.py``
+    reports them beside the metrics."""
+
+    def figures(self, model: nn.Module, batch: Batch, fitted: Fitted) -> dict[str, Mean]:
+        """One batch's; means of the same name merge over batches."""
+
+
+@runtime_checkable
 class Family(Protocol):
     """See the module's docstring for the order of calls. Rows handed to ``fit`` and ``collate`` are an example's
     fields plus ``"<role>.<column>"`` arrays ``[time, *shape]``, ``id`` and ``weight`` (0 for padding and for rows

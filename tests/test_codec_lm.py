@@ -152,7 +152,13 @@ def test_consecutive_windows_and_a_remainder():
     assert spans == [(2.0, 1.0, False), (3.0, 1.0, False), (4.0, 1.0, False), (5.0, 0.7, True)]
     assert len({e.id for e in examples}) == 4
     assert len(tiny().segment([row | {"duration_s": 3.4}])) == 3
-    assert tiny().segment([row | {"duration_s": 0.4}]) == []
+    assert [e.units["audio"].duration_s for e in tiny().segment([row | {"duration_s": 0.4}])] == [0.4]
+    assert tiny().segment([row | {"duration_s": 0.09}]) == []
+
+
+def test_windows_of_a_very_long_recording_have_names_of_their_own():
+    examples = tiny().segment([{"id": "a", "audio": "a.wav", "start_s": 0.0, "duration_s": 200_000.0}])
+    assert len({e.id for e in examples}) == len(examples) == 200_000
 
 
 def test_a_transcript_belongs_to_the_beginning_a_caption_to_every_window():

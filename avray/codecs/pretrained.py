@@ -1,9 +1,10 @@
-"""Codecs with weights: EnCodec, Mimi, DAC and X-Codec through ``transformers``, from a hub name or a local folder.
+"""Codecs with weights: EnCodec, Mimi, DAC and X-Codec through ``transformers``, SpeechTokenizer through its package, from
+a hub name or a local folder.
 
-Nothing is fetched unless ``download`` says so, nothing is unpickled (safetensors only, and Meta's ``.th`` files as
-plain tensors), and a checkpoint that lacks a weight is refused, where ``transformers`` would fill it with noise.
-Weight norm is folded into the weights. The name of a column comes from the weights themselves, so that the same ones
-in another folder find the same cache.
+Nothing is fetched unless ``download`` says so, nothing is unpickled (safetensors only, and Meta's ``.th`` files and
+SpeechTokenizer's ``.pt`` as plain tensors), and a checkpoint that lacks a weight is refused, where ``transformers``
+would fill it with noise. Weight norm is folded into the weights. The name of a column comes from the weights
+themselves, so that the same ones in another folder find the same cache.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from avray.codecs.encodec_48khz import Encodec48kHz
 from avray.codecs.encodec_import import read_meta_checkpoint
 from avray.codecs.mimi import Mimi
 from avray.codecs.network import NetworkCodec
+from avray.codecs.speechtokenizer import SpeechTokenizer, read_speechtokenizer
 from avray.codecs.xcodec import Xcodec
 from avray.errors import CheckpointError, MissingDependency
 from avray.family import Fitted
@@ -43,6 +45,9 @@ class Kind:
     codec: Callable[[nn.Module, int, torch.device, torch.dtype], NetworkCodec]
     num_added: int = 0
     """Codebooks that the codec puts before the network's own."""
+    folder: str = "."
+    """Of the repository, where config and weights lie."""
+    weights: str = "*.safetensors"
 
 
 KINDS = {
@@ -53,6 +58,8 @@ KINDS = {
     "dac_24khz": Kind("descript/dac_24khz", "dac", 24_000, Dac),
     "dac_44khz": Kind("descript/dac_44khz", "dac", 44_100, Dac),
     "xcodec": Kind("hf-audio/xcodec-hubert-general-balanced", "xcodec", 16_000, Xcodec),
+    "speechtokenizer": Kind("fnlp/SpeechTokenizer", "speechtokenizer", 16_000, SpeechTokenizer,
+                            folder="speechtokenizer_hubert_avg", weights="*.pt"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -95,12 +102,13 @@ class Pretrained:
 
     def column_id(self) -> str:
         """MissingDependency where the weights are not at hand: it is their digest."""
-        return f"{self.name}-{digest(self.weights())}-{self.dtype}"
+        return f"{self.name}-{digest(self.weights(), KINDS[self.name].weights)}-{self.dtype}"
 
     def weights(self) -> Path:
         """The folder or ``.th`` file. MissingDependency, naming the fix, where there is none."""
-        hub = KINDS[self.name].hub
-        return find_weights(self.path or hub, "codec.path", hub, self.revision, self.download)
+        kind = KINDS[self.name]
+        return find_weights(self.path or kind.hub, "codec.path", kind.hub, self.revision, self.download, kind.weights,
+                            kind.folder)
 
     def load(self, device: torch.device | str = "cpu", fitted: Fitted | None = None) -> NetworkCodec:
         kind, weights = KINDS[self.name], self.weights()
@@ -108,6 +116,8 @@ class Pretrained:
             if kind.model_type != "encodec":
                 raise ValueError(f"codec.path = {weights}: Meta's .th files hold EnCodec, not {self.name}.")
             model = read_meta_checkpoint(weights)
+        elif kind.model_type == "speechtokenizer":
+            model = read_speechtokenizer(weights)
         else:
             model = _open(weights, kind.model_type)
         self._check_rate(model.config, weights)

@@ -48,11 +48,13 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         pool = Pool(data.embed_workers, data.embed_num_cpus, data.embed_num_gpus)
         prepare(plan, columns, cache, pool, dataset.limits)
     loss = checkpoint_loss(checkpoint, family, plan, cache, device, settings.batch_size, settings.max_rows)
+    foreseen = held_out_figures(checkpoint, family, plan, cache, device, settings.batch_size, settings.max_rows)
     answers = generate_samples(settings, family, plan, device)
+    measured = measure(family, answers)
     summary = {
         "family": checkpoint.family.get("name"), "checkpoint": str(checkpoint.path), "split": settings.split,
         "validation_loss": loss.loss, "terms": loss.terms, "baselines": loss.baselines,
-        "metrics": measure(family, answers), "rows": {**dataset.counts(), "examples": plan.num_examples,
+        "metrics": foreseen | measured.values, "metric_details": measured.details, "rows": {**dataset.counts(), "examples": plan.num_examples,
                                                       "generated": len(answers)},
         "seconds": round(time.perf_counter() - began, 1), "device": device,
     }

@@ -22,7 +22,10 @@ from torch.nn import functional as F
 
 from avray.codecs.base import Codec, CodecConfig, Codes, Latents
 from avray.families.codec_lm_sampler import CodecSampler, CodesRenderer, Generation
-from avray.family import Batch, Column, Example, Fitted, Metric, Options, Prompt, Question, Request, Row, Unit
+from avray.family import Batch, Column, Example, Fitted, Mean, Metric, Options, Prompt, Question, Request, Row, Unit
+from avray.media import Audio
+from avray.metrics.accumulators import LevelError, LogSpectralDistance, SilenceFraction
+from avray.metrics.frechet import FrechetDistance
 from avray.nn.bigram import Bigram
 from avray.nn.kv_cache import Weights
 from avray.nn.patterns import Delay, Layout, Pattern, read_pattern
@@ -30,7 +33,7 @@ from avray.nn.transformer import Mlp, Norm, Positions, Transformer, TransformerC
 
 Text = Literal["none", "caption", "transcript"]
 CODEC, BIGRAM = "codec.", "bigram."
-MIN_REMAINDER_S = 0.5
+MIN_REMAINDER_S, MIN_ROW_S = 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class CodecLM:
     # Data
 
     def segment(self, rows: Sequence[Row]) -> list[Example]:
-        """Consecutive windows of ``segment_s``; a remainder of half a second or more is a shorter one."""
+        """Consecutive windows of ``segment_s``; a remainder of half a second or more is a shorter one, and so is a
+        whole row of a tenth of a second or more: a spoken digit takes four."""
         examples = []
         for row in rows:
             text = self._text(row)
@@ -100,12 +104,13 @@ class CodecLM:
                 continue
             stop = row["start_s"] + row["duration_s"]
             num_windows = int((row["duration_s"] + self.segment_s - MIN_REMAINDER_S) / self.segment_s)
+            num_windows = max(num_windows, int(row["duration_s"] >= MIN_ROW_S))
             for i in range(num_windows if self.text != "transcript" else min(num_windows, 1)):
                 start = row["start_s"] + i * self.segment_s
                 duration = min(self.segment_s, stop - start)
                 ends = stop - start <= self.segment_s
                 units = {"audio": Unit(row["audio"], "audio", start, duration)}
-                examples.append(Example(f"{row['id']}@{start:g}", units, {"text": text, "ends": ends},
+                examples.append(Example(f"{row['id']}@{start:.3f}", units, {"text": text, "ends": ends},
                                         row.get("weight", 1.0)))
         return examples
 
@@ -287,8 +292,43 @@ class CodecLM:
     def renderer(self, fitted: Fitted, device: torch.device | str) -> CodesRenderer:
         return CodesRenderer(self.codec.load(device, codec_state(fitted) if self.codec.needs_fit else None), device)
 
+    # Judgement
+
+    def figures(self, model: CodecTransformer, batch: Batch, fitted: Fitted) -> dict[str, Mean]:
+        """Bits a token and the share of tokens that were the likeliest, by codebook and over all, stops left out."""
+        layout, targets = self.layout(fitted), batch["targets"]
+        x = model.transformer(model.embed(batch["inputs"], batch["text"], batch["start"]))
+        logits = model.transformer.logits(x).float()
+        bits = F.cross_entropy(logits.flatten(0, 2), targets.clamp(min=0).flatten(), reduction="none") / np.log(2)
+        hits = (logits.argmax(-1) == targets).double()
+        step = torch.arange(targets.shape[1], device=targets.device) - batch["start"][:, None]
+        weight = batch["weight"].double()[:, None]
+        found = {name: Mean() for name in ("bits_per_token", "token_accuracy")}
+        for k, (delay, stream) in enumerate(zip(layout.delays, layout.streams, strict=True)):
+            target = targets[..., stream]
+            at = (target >= 0) & (step >= delay) & ((step - delay) % layout.stride == 0)
+            if self.stop and k == 0:
+                at &= target < layout.cardinality - 1
+            share = at * weight
+            for name, values in (("bits_per_token", bits.view(targets.shape)), ("token_accuracy", hits)):
+                mean = Mean(float((values[..., stream] * share).sum()), float(share.sum()))
+                found[f"{name}_codebook_{k + 1}"] = mean
+                found[name].merge(mean)
+        return found
+
     def metrics(self) -> dict[str, Callable[[], Metric]]:
-        return {}
+        """Of what it continues or speaks: how far the codec's own latents are from held-out sound's, and what goes
+        wrong first, level and silence."""
+        return {"frechet_distance_codec_latents": self._frechet, "level_error_db": LevelError,
+                "silence_fraction": SilenceFraction, "log_spectral_distance_db": LogSpectralDistance}
+
+    def _frechet(self) -> FrechetDistance:
+        codec = self.codec.load("cpu")
+
+        def latents(audio: Audio) -> np.ndarray:
+            return codec.encode_batch([audio.samples.mean(0, dtype=np.float32)])[0]
+
+        return FrechetDistance(latents, f"latents of {self.codec.column_id()}, a frame each", codec.sample_rate_hz)
 
 
 class CodecTransformer(nn.Module):

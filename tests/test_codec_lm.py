@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from avray import cli
 from avray.families.codec_lm import CodecLM, codec_state, without_text
 from avray.family import Family, Fitted, Options, Request
 from avray.media import Audio
 from avray.nn.patterns import Delay, Flatten, Parallel
+from avray.registry import family_from_settings
 
 FRAME_S, HOP, WIDTH = 0.1, 100, 3
 
@@ -152,7 +154,7 @@ def test_consecutive_windows_and_a_remainder():
     assert spans == [(2.0, 1.0, False), (3.0, 1.0, False), (4.0, 1.0, False), (5.0, 0.7, True)]
     assert len({e.id for e in examples}) == 4
     assert len(tiny().segment([row | {"duration_s": 3.4}])) == 3
-    assert [e.units["audio"].duration_s for e in tiny().segment([row | {"duration_s": 0.4}])] == [0.4]
+    assert [round(e.units["audio"].duration_s, 6) for e in tiny().segment([row | {"duration_s": 0.4}])] == [0.4]
     assert tiny().segment([row | {"duration_s": 0.09}]) == []
 
 
@@ -231,6 +233,56 @@ def test_dropped_text_leaves_the_unconditional_batch():
         assert (dropped[name][:2, steps:] == -1).all()
         assert torch.equal(dropped[name][2], batch[name][2])
     assert dropped["start"].tolist() == [0, 0, 2]
+
+
+@patterns
+def test_figures_are_the_loss_by_codebook(pattern):
+    """Their bits are the loss, padding and weight 0 left out; what a trained model foresees, it hits; and a text in
+    front or a stop behind moves no codebook."""
+    family, model, fitted = trained(pattern)
+    rows = [*rows_of(4), rows_of(1, 6)[0] | {"weight": 0.5}, {"id": "", "weight": 0.0}]
+    figures = family.figures(model, family.collate(rows, fitted), fitted)
+    assert set(figures) == {f"{name}{end}" for name in ("bits_per_token", "token_accuracy")
+                            for end in ("", "_codebook_1", "_codebook_2", "_codebook_3")}
+    assert figures["bits_per_token"].value() == pytest.approx(nats(family, model, rows, fitted) / np.log(2), rel=1e-4)
+    assert figures["bits_per_token"].count == 3 * (4 * 10 + 0.5 * 6)
+    assert figures["token_accuracy_codebook_2"].count == 43
+    if pattern != Parallel():  # codebooks 2 and 3 follow from the first
+        assert figures["token_accuracy_codebook_3"].value() > 0.95 > 0.9 > figures["token_accuracy_codebook_1"].value()
+
+    family = tiny(pattern=pattern, text="caption", text_bytes=16, stop=True)
+    model, fitted = built(family)
+    rows = [row | {"text": text, "ends": True} for row, text in zip(rows_of(3), ("", "abc", "é"), strict=True)]
+    batch = family.collate(rows, fitted)
+    counts = {name: mean.count for name, mean in family.figures(model, batch, fitted).items()}
+    assert counts["token_accuracy"] == 90 and counts["token_accuracy_codebook_1"] == 30
+
+
+def test_metrics_tell_a_silent_model():
+    """Distance in the codec's latents, level and silence, each of what was generated against held-out sound."""
+    class Listening(LoadedToy):
+        def encode_batch(self, recordings):
+            return [np.abs(r[: len(r) // 30 * 30].reshape(-1, 3)).astype(np.float32) for r in recordings]
+
+    @dataclass(frozen=True)
+    class Codec(ToyCodec):
+        def load(self, device="cpu", fitted=None):
+            return Listening(8, torch.zeros(7))
+
+    random = np.random.default_rng(0)
+    sounds = [Audio(random.normal(0, 0.2, (1, 3000)).astype(np.float32), 1000) for _ in range(4)]
+    values = {}
+    for name, gain in (("alike", 1.0), ("quiet", 1e-5)):
+        metrics = {key: make() for key, make in tiny(codec=Codec()).metrics().items()}
+        for ours, theirs in zip(sounds[:2], sounds[2:], strict=True):
+            for metric in metrics.values():
+                metric.update(Audio(ours.samples * np.float32(gain), 1000), theirs, {})
+        values[name] = {key: metric.value() for key, metric in metrics.items()}
+    alike, quiet = values["alike"], values["quiet"]
+    assert alike["frechet_distance_codec_latents"] < 0.01 < 0.05 < quiet["frechet_distance_codec_latents"]
+    assert alike["silence_fraction"] == 0 and quiet["silence_fraction"] == 1
+    assert abs(alike["level_error_db"]) < 1 and quiet["level_error_db"] == pytest.approx(-100, abs=1)
+    assert metrics["frechet_distance_codec_latents"].details()["embedding"].startswith("latents of toy8")
 
 
 # Generation
@@ -428,3 +480,13 @@ def test_the_originals_model():
         with torch.device("meta"):
             model = family.build(Fitted({}, {"codec": "toy1024", "cardinality": 1024, "frame_rate_hz": 10.0}))
         assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("preset,millions", [("small", 1.77), ("gpt2", 86.6), ("medium", 265.9), ("large", 1189.2)])
+def test_presets_of_every_size(preset, millions):
+    """By their parameters but for the embeddings, the sizes their files name."""
+    family = family_from_settings(cli.compose(cli.TRAIN, [f"family=codec_lm_{preset}"]).family)
+    with torch.device("meta"):
+        model = family.build(Fitted({}, {"codec": "spectral-v1", "cardinality": 1024, "frame_rate_hz": 75.0}))
+    tables = model.transformer.embedding.weight.numel() + model.transformer.head.weight.numel()
+    assert sum(p.numel() for p in model.parameters()) - tables == pytest.approx(millions * 1e6, rel=0.01)

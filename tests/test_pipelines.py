@@ -97,6 +97,12 @@ def test_every_verb(ray_session, tmp_path, wavs, family):
                                          f"run.dir={tmp_path / 'report'}", "num_samples=2"]))
     assert report["validation_loss"] == pytest.approx(written["best_validation_loss"], rel=1e-4)
     assert report["baselines"] == pytest.approx(written["baselines"], rel=1e-4)
+    if family == "codec_lm":
+        bits = report["metrics"]["bits_per_token"]
+        assert bits == pytest.approx(report["validation_loss"] / np.log(2), rel=1e-3)
+        assert {"bits_per_token_codebook_2", "token_accuracy", "frechet_distance_codec_latents", "level_error_db",
+                "silence_fraction"} <= set(report["metrics"])
+        assert "latents of spectral" in (tmp_path / "report" / "report.html").read_text()
     assert (tmp_path / "report" / "report.html").exists() and (tmp_path / "report" / "spectrograms.png").exists()
 
     said = generate(compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"audio={wavs / 'tone3.wav'}", "seconds=1",

@@ -1,5 +1,5 @@
-"""Codecs with weights: EnCodec, Mimi, DAC and X-Codec through ``transformers``, SpeechTokenizer through its package, from
-a hub name or a local folder.
+"""Codecs with weights, from a hub name or a local folder: EnCodec, Mimi, DAC and X-Codec through ``transformers``,
+SpeechTokenizer through its own package.
 
 Nothing is fetched unless ``download`` says so, nothing is unpickled (safetensors only, and Meta's ``.th`` files and
 SpeechTokenizer's ``.pt`` as plain tensors), and a checkpoint that lacks a weight is refused, where ``transformers``

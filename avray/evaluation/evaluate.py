@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from avray.checkpoint import Checkpoint
 from avray.config import DataSettings, EvaluateSettings, from_mapping
@@ -16,13 +18,14 @@ from avray.data.cache import Cache
 from avray.data.cluster import Needs, start_ray
 from avray.data.dataset import open_dataset
 from avray.data.plan import Plan
+from avray.data.rows import gather
 from avray.data.store import Store
 from avray.data.stream import Pool, prepare
 from avray.devices import device_of
 from avray.engine import Generator
 from avray.errors import DataError
 from avray.evaluation.report import ReportExample, write_report
-from avray.family import Family, Options
+from avray.family import Family, Judged, Mean, Options
 from avray.registry import saved_family
 from avray.train.loggers import read_metrics
 from avray.train.samples import Answer, answer, questions
@@ -54,14 +57,15 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     summary = {
         "family": checkpoint.family.get("name"), "checkpoint": str(checkpoint.path), "split": settings.split,
         "validation_loss": loss.loss, "terms": loss.terms, "baselines": loss.baselines,
-        "metrics": foreseen | measured.values, "metric_details": measured.details, "rows": {**dataset.counts(), "examples": plan.num_examples,
-                                                      "generated": len(answers)},
+        "metrics": foreseen | measured.values,
+        "rows": {**dataset.counts(), "examples": plan.num_examples, "generated": len(answers)},
         "seconds": round(time.perf_counter() - began, 1), "device": device,
     }
     Store(str(run_dir)).write("summary.json", json.dumps(summary, indent=2).encode())
     examples = [ReportExample(item.id, item.prompt, item.target, item.generated.media) for item in answers]
     metrics_csv = checkpoint.path.parent.parent / "metrics.csv"
-    write_report(run_dir, summary, examples, curves=read_metrics(metrics_csv) if metrics_csv.exists() else None,
+    curves = read_metrics(metrics_csv) if metrics_csv.exists() else None
+    write_report(run_dir, summary, examples, details=measured.details, curves=curves,
                  title=f"{summary['family']} at step {checkpoint.step}")
     return summary
 
@@ -92,10 +96,41 @@ def generate_samples(settings: EvaluateSettings, family: Family, plan: Plan, dev
     return answer(generator, asked, Options(), settings.seed)
 
 
-def measure(family: Family, answers: Sequence[Answer]) -> dict[str, float]:
+@torch.no_grad()
+def held_out_figures(checkpoint: Checkpoint, family: Family, plan: Plan, cache: Cache, device: str, batch_size: int,
+                     max_rows: int | None = None) -> dict[str, float]:
+    """What a family that judges itself (``family.Judged``) says over the rows that the loss is over."""
+    if not isinstance(family, Judged):
+        return {}
+    fitted = checkpoint.fitted
+    model = family.build(fitted)
+    checkpoint.load_into(model)
+    model = model.to(device).eval()
+    order = plan.order(min(batch_size, plan.num_examples), 0, batch_size * 4, shuffle=False)
+    last = order.steps_per_epoch if max_rows is None else min(order.steps_per_epoch, -(-max_rows // order.batch_size))
+    columns, found = family.columns(fitted), dict[str, Mean]()
+    for step in range(last):
+        batch = family.collate(gather(plan, cache, columns, order.step(0, step)), fitted).to(device)
+        for name, mean in family.figures(model, batch, fitted).items():
+            found.setdefault(name, Mean()).merge(mean)
+    return {name: mean.value() for name, mean in found.items()}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures by name, and what each must be quoted with."""
+
+    values: dict[str, float]
+    details: dict[str, Mapping[str, Any]]
+
+
+def measure(family: Family, answers: Sequence[Answer]) -> Measured:
     """The family's own metrics over what was generated."""
+    if not answers:
+        return Measured({}, {})
     metrics = {name: build() for name, build in family.metrics().items()}
     for item in answers:
         for metric in metrics.values():
             metric.update(item.generated.media, item.target, {"id": item.id})
-    return {name: metric.value() for name, metric in metrics.items()} if answers else {}
+    return Measured({name: metric.value() for name, metric in metrics.items()},
+                    {name: metric.details() for name, metric in metrics.items() if hasattr(metric, "details")})

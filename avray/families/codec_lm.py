@@ -294,6 +294,7 @@ class CodecLM:
 
     # Judgement
 
+    @torch.no_grad()
     def figures(self, model: CodecTransformer, batch: Batch, fitted: Fitted) -> dict[str, Mean]:
         """Bits a token and the share of tokens that were the likeliest, by codebook and over all, stops left out."""
         layout, targets = self.layout(fitted), batch["targets"]
@@ -322,7 +323,7 @@ class CodecLM:
         return {"frechet_distance_codec_latents": self._frechet, "level_error_db": LevelError,
                 "silence_fraction": SilenceFraction, "log_spectral_distance_db": LogSpectralDistance}
 
-    def _frechet(self) -> FrechetDistance:
+    def _frechet(self) -> Metric:
         codec = self.codec.load("cpu")
 
         def latents(audio: Audio) -> np.ndarray:

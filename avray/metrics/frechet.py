@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
+from avray.family import Media
 from avray.media import Audio
 
 Vectors = Float[np.ndarray, "count dim"]
@@ -99,9 +100,9 @@ class FrechetDistance:
     reference: Gaussian = field(default_factory=Gaussian)
     reference_hash: int = 0
 
-    def update(self, generated: Audio, target: Audio | None, row: object = None) -> None:
+    def update(self, generated: Media, target: Media | None, row: object = None) -> None:
         self._take(generated, self.generated)
-        if target is not None:
+        if isinstance(target, Audio):
             self._take(target, self.reference)
             content = np.ascontiguousarray(target.samples, dtype=np.float32).tobytes()
             digest = hashlib.blake2b(content, digest_size=8).digest()
@@ -127,7 +128,9 @@ class FrechetDistance:
                 "num_generated": self.generated.count, "num_reference": self.reference.count,
                 "reference": f"{self.reference_hash:016x}"}
 
-    def _take(self, audio: Audio, into: Gaussian) -> None:
+    def _take(self, audio: Media, into: Gaussian) -> None:
+        if not isinstance(audio, Audio):
+            raise ValueError(f"This figure is about sound, got {type(audio).__name__}.")
         if audio.sample_rate_hz != self.sample_rate_hz:
             raise ValueError(f"{self.embedding} is to be given {self.sample_rate_hz} Hz, got a sound at "
                              f"{audio.sample_rate_hz} Hz: resample it first.")

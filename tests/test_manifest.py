@@ -242,6 +242,18 @@ def test_librispeech(tmp_path: Path) -> None:
     assert len(manifest.rejects) == 1 and manifest.rejects[0].line == 2
 
 
+def test_spoken_digits(tmp_path: Path) -> None:
+    for index, name in enumerate(("7_theo_3", "0_jackson_12")):
+        sound(tmp_path / f"{name}.wav", seed=index)
+    manifest = load_manifest(tmp_path)
+    assert manifest.format == "digits"
+    assert [(row["id"], row["text"], row["group"], row["split"]) for row in manifest.rows] == [
+        ("0_jackson_12", "zero", "jackson", "train"), ("7_theo_3", "seven", "theo", "validation")]
+    sound(tmp_path / "other.wav")
+    assert load_manifest(tmp_path).format == "folder"
+    assert len(load_manifest(tmp_path, format="digits").rejects) == 1
+
+
 def test_two_lists_joined_on_audio_id(tmp_path: Path) -> None:
     for index, name in enumerate("abc"):
         sound(tmp_path / f"{name}.wav", seed=index)

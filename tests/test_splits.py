@@ -165,3 +165,8 @@ def test_real_music_is_cut_with_a_song_held_out(test_data: Path) -> None:
     report = describe(manifest, rows, choose_split(manifest.rows, holdout_groups=["Kevin*"]))
     assert report["split_by"].startswith("span (only 3 groups") and report["recordings_on_two_sides"] == 0
     assert report["splits"]["test"]["rows"] == 1 and report["splits"]["validation"]["rows"] == 3
+
+
+def test_a_group_held_out_goes_to_test_whatever_its_rows_say() -> None:
+    rows = [row(name, split=split) for name in "ab" for split in ("train", "validation")]
+    assert [r["split"] for r in assign_splits(rows, holdout_groups=["a"])] == ["test", "test", "train", "validation"]

@@ -48,10 +48,10 @@ def assign_splits(
     """Rows with a ``split`` each: train, validation or test.
 
     A row that has a split keeps it, and gives it to the rows of its group that have none. ``holdout_groups`` (names, or
-    patterns with ``*``) go to ``test`` as a whole. The others are drawn by group or, with one row for each piece, cut
-    by span (see ``choose_split``); ``span_s`` is the shortest span held out (give it the length of a whole example),
-    and ``validation_fraction`` the share of groups, or of each recording's time. By group, both sides have at least
-    one if there are two: where the draw left a side empty, the group nearest to it moves there.
+    patterns with ``*``) go to ``test`` as a whole, whatever their rows say. The others are drawn by group or, with one
+    row for each piece, cut by span (see ``choose_split``); ``span_s`` is the shortest span held out (give it the length
+    of a whole example), and ``validation_fraction`` the share of groups, or of each recording's time. By group, both
+    sides have at least one if there are two: where the draw left a side empty, the group nearest to it moves there.
 
     Raises:
         ValueError: a held-out group that no row has, or ``by="span"`` with nothing long enough to cut.
@@ -74,7 +74,8 @@ def assign_splits(
         if id(row) in to_cut:
             split_rows += _parts(row, pieces[_source(row)])
         else:
-            split_rows.append({**row, "split": row.get("split") or sides[row["group"]]})
+            given = None if _matches(row["group"], holdout_groups) else row.get("split")
+            split_rows.append({**row, "split": given or sides[row["group"]]})
     return split_rows
 
 
@@ -116,12 +117,16 @@ def _given_sides(rows: Sequence[Row], holdout_groups: Sequence[str]) -> dict[str
         if "split" in row:
             groups.setdefault(row["group"], row["split"])
     for pattern in holdout_groups:
-        held = {name for name in names if name == pattern or fnmatchcase(name, pattern)}
+        held = {name for name in names if _matches(name, [pattern])}
         if not held:
             raise ValueError(f"data.holdout_groups names {pattern!r}, which no row has; there are "
                              f"{', '.join(sorted(names)[:10])}{' …' if len(names) > 10 else ''}.")
         groups |= dict.fromkeys(held, "test")
     return groups
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _unit(key: str) -> float:

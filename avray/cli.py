@@ -22,13 +22,14 @@ from avray.config import (
     GenerateSettings,
     PrepareSettings,
     RunSettings,
+    SweepSettings,
     TrainSettings,
     from_mapping,
 )
 from avray.errors import CheckpointError, DataError, MissingDependency, TrainingFailed
 from avray.settings.help import Command, help_text
 
-__all__ = ["APP", "EVALUATE", "GENERATE", "PREPARE", "TRAIN", "Command", "compose", "run_command"]
+__all__ = ["APP", "EVALUATE", "GENERATE", "PREPARE", "SWEEP", "TRAIN", "Command", "compose", "run_command"]
 
 EXIT_CODES = {KeyboardInterrupt: 130, ValueError: 2, DataError: 3, CheckpointError: 3, MissingDependency: 4,
               TrainingFailed: 5}
@@ -82,6 +83,22 @@ APP = Command(
     ("", "checkpoints=[runs/a/best,speech:runs/b/best]", "serve=gpu checkpoints=[runs/a]",
      "cluster=auto checkpoints=[runs/c]", "cluster=auto unload=[c]"),
     folder="serve")
+
+
+SWEEP = Command(
+    "sweep", SweepSettings,
+    "Search settings: many trials of train.py, the best one's settings and checkpoint kept.",
+    ("run.dir", "resume", "dry_run", "seed", "cluster", "data.path", "tune.num_samples", "tune.max_concurrent",
+     "tune.search", "tune.scheduler", "tune.space", "tune.objectives", "tune.include_default", "tune.max_failures",
+     "trainer.max_steps", "trainer.num_workers", "trainer.use_gpu"),
+    ("family=continuation tune=asha tune.num_samples=32 tune.max_concurrent=2",
+     "family=codec_lm tune=optuna 'tune.space.trainer.batch_size={choice: [8, 16]}'",
+     "'tune.objectives=[{metric: validation_loss}, {metric: parameters}]'", "run.dir=runs/my-sweep resume=true"),
+    folder="tune", extra_keys={
+        "run.dir": ("runs/sweep-<family>-<date>-<time>", "Where the results go; never over a sweep that is there."),
+        "resume": ("false", "Go on with the sweep in run.dir; its own settings count."),
+        "dry_run": ("false", "Say what would be searched, and how many trials at a time; train nothing."),
+        "tune.space": ("the family's", "key: {loguniform: [1e-5, 1e-2]} …; --help tune says more.")})
 
 
 def run_command(main: Callable[[Any], str], command: Command, arguments: Sequence[str] | None = None) -> NoReturn:

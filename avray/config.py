@@ -25,12 +25,13 @@ from avray.settings.convert import (
 from avray.settings.data import DataSettings
 from avray.settings.serve import ServeSettings
 from avray.settings.trainer import LoggerSettings, OptimizerSettings, ScheduleSettings, TrainerSettings
+from avray.settings.tune import ObjectiveSettings, TuneSettings
 
 __all__ = [
     "AppSettings", "DataSettings", "EvaluateSettings", "GenerateSettings", "LoggerSettings", "LoggingSettings",
-    "OptimizerSettings", "PrepareSettings", "RunSettings", "ScheduleSettings", "ServeSettings", "TrainSettings",
-    "TrainerSettings", "absolute",
-    "from_mapping", "import_target", "instantiate", "to_mapping",
+    "ObjectiveSettings", "OptimizerSettings", "PrepareSettings", "RunSettings", "ScheduleSettings", "ServeSettings",
+    "SweepSettings", "TrainSettings", "TrainerSettings", "TuneSettings", "absolute", "from_mapping", "import_target",
+    "instantiate", "to_mapping",
 ]
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
@@ -112,6 +113,13 @@ class TrainSettings(CommandSettings):
         make_absolute(self, "init_from")
         if self.resume and self.init_from is not None:
             raise ValueError("resume=true goes on with run.dir and init_from starts a new run; give one of them.")
+
+
+@dataclass(frozen=True)
+class SweepSettings(TrainSettings):
+    """``tune/sweep.py``: what ``train.py`` takes, and ``tune``. ``resume=true`` goes on with a sweep."""
+
+    tune: TuneSettings = field(default_factory=TuneSettings)
 
 
 @dataclass(frozen=True)

@@ -16,5 +16,13 @@ class TrainingFailed(Exception):
     """Training stopped by policy or by a worker's error; the last good checkpoint is kept (exit 5)."""
 
 
+class WorkerFailed(TrainingFailed):
+    """A worker died or raised what nobody foresaw: trying again may help (exit 5)."""
+
+
+class OutOfMemory(WorkerFailed):
+    """A worker ran out of memory: the same settings will again (exit 5)."""
+
+
 class CheckpointError(Exception):
     """A checkpoint is missing, incomplete or damaged; the message names the file (exit 3)."""

@@ -176,7 +176,8 @@ def test_help_is_for_people(toy) -> None:
     assert "data.window_rows (1024)" in toy("--help", "data").stdout
 
 
-@pytest.mark.parametrize("command", [cli.TRAIN, cli.PREPARE, cli.EVALUATE, cli.GENERATE], ids=lambda item: item.name)
+@pytest.mark.parametrize("command", [cli.TRAIN, cli.PREPARE, cli.EVALUATE, cli.GENERATE, cli.SWEEP],
+                         ids=lambda item: item.name)
 def test_the_examples_in_help_compose(command: cli.Command) -> None:
     for example in command.examples:
         words = [word for word in shlex.split(example) if word not in ("--cfg", "job")]

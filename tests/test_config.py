@@ -29,7 +29,7 @@ from avray.config import (
 from avray.settings import composing
 from avray.settings.describe import describe
 
-COMMANDS = {command.name: command for command in (cli.TRAIN, cli.PREPARE, cli.EVALUATE, cli.GENERATE)}
+COMMANDS = {command.name: command for command in (cli.TRAIN, cli.PREPARE, cli.EVALUATE, cli.GENERATE, cli.SWEEP)}
 
 
 def options(group: str) -> list[str]:

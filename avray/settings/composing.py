@@ -27,12 +27,12 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from avray.config import DataSettings, ServeSettings, TrainerSettings, to_mapping
+from avray.config import DataSettings, ServeSettings, TrainerSettings, TuneSettings, to_mapping
 from avray.settings.convert import did_you_mean
 from avray.settings.describe import hint_of, is_mapping, is_text
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
-GROUPS = {"data": DataSettings, "trainer": TrainerSettings, "serve": ServeSettings}
+GROUPS = {"data": DataSettings, "trainer": TrainerSettings, "serve": ServeSettings, "tune": TuneSettings}
 """Groups that start from a dataclass."""
 BUILT = ("family", "codec")
 """Groups that are built elsewhere, and list their fields in their own YAML."""

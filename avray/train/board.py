@@ -9,15 +9,28 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
 from avray.progress import Progress, ProgressLine, shown
 from avray.train.job import Job
 from avray.train.samples import Asked, questions, write_samples
+
+
+class Listener(Protocol):
+    """Who wants to know more than a progress line does: a sweep. Called in the watching thread."""
+
+    def worker(self, handle: Any) -> None:
+        """Rank 0's actor, at each start of the group."""
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """What was logged after ``step``; ``validation/loss`` among it where it was validated."""
+
+    def saved(self, checkpoint: Path, step: int) -> None:
+        """A checkpoint that is whole."""
 
 
 class Board:
@@ -44,8 +57,8 @@ def sample(checkpoint: str, asked: list[Asked], folder: str, tensorboard: str | 
 class Watch:
     """Prints progress and has samples made, in a thread beside ``TorchTrainer.fit``."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, listener: Listener | None = None) -> None:
+        self.job, self.listener = job, listener
         self.run_dir = Path(job.settings.run.dir)
         self.line = ProgressLine(job.max_steps) if shown(job.settings.logging.progress) else None
         self.asked = questions(job.family, job.validation, job.settings.trainer.num_samples)
@@ -81,6 +94,9 @@ class Watch:
                 self.line.update(content)
             elif kind == "outcome":
                 self.outcome = content
+            elif kind in ("worker", "figures", "saved"):
+                if self.listener is not None:
+                    getattr(self.listener, kind)(*content)
             elif kind == "sample":
                 checkpoint, step = content
                 self.sample(checkpoint, step)

@@ -51,6 +51,7 @@ class Place:
     progress: Callable[[Progress], None] = lambda progress: None
     report: Callable[[Mapping[str, float]], None] = lambda figures: None
     sample: Callable[[Path, int], None] = lambda checkpoint, step: None
+    saved: Callable[[Path, int], None] = lambda checkpoint, step: None
     loggers: Callable[[int | None], LoggerGroup] = lambda resume_step: LoggerGroup([])
 
 
@@ -320,6 +321,7 @@ class Loop:
 
         def published(folder: Path) -> None:
             prune(run_dir, self.trainer.keep_last, self.trainer.keep_every_steps)
+            self.place.saved(folder, step)
             if sampling:
                 self.place.sample(folder, step)
 

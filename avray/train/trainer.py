@@ -29,11 +29,11 @@ from avray.data.rows import gather
 from avray.data.store import Store
 from avray.data.stream import InOrder, block_dataset
 from avray.devices import device_of
-from avray.errors import CheckpointError, DataError, MissingDependency, TrainingFailed
+from avray.errors import CheckpointError, DataError, MissingDependency, OutOfMemory, TrainingFailed, WorkerFailed
 from avray.family import Column, Family
 from avray.media import Limits
 from avray.registry import family_settings
-from avray.train.board import Board, Watch
+from avray.train.board import Board, Listener, Watch
 from avray.train.job import Job
 from avray.train.memory import Memory, count_parameters, estimate
 from avray.train.summary import rejected_rows, write_summary
@@ -41,8 +41,10 @@ from avray.train.validation import checkpoint_loss
 from avray.train.worker import work
 
 
-def train(settings: TrainSettings, family: Family) -> dict[str, Any]:
-    """Train a family as the settings say; returns what ``summary.json`` holds.
+def train(settings: TrainSettings, family: Family, prepared: Prepared | None = None,
+          listener: Listener | None = None) -> dict[str, Any]:
+    """Train a family as the settings say; returns what ``summary.json`` holds. A sweep gives what its trials share,
+    ``prepared``, and listens.
 
     Raises ValueError for settings that cannot be, DataError for data, TrainingFailed when a worker fails for good.
     """
@@ -55,10 +57,11 @@ def train(settings: TrainSettings, family: Family) -> dict[str, Any]:
     Store(str(run_dir)).write("config.yaml", OmegaConf.to_yaml(to_mapping(settings)).encode())
     start_ray(needs(settings, len(family.columns(None))), settings.cluster, settings.data.no_progress_timeout_s,
               verbose=settings.logging.level == "debug")
-    prepared = prepare_training(family, settings.data, run_dir, settings.logging.progress)
+    if prepared is None:
+        prepared = prepare_training(family, settings.data, run_dir, settings.logging.progress)
     job = make_job(settings, family, prepared)
     job.train_order.check_workers(settings.trainer.num_workers, settings.trainer.accumulate)
-    watch = Watch(job)
+    watch = Watch(job, listener)
     outcome = fit(job, prepared.columns, prepared.dataset.limits, watch)
     watch.finish()
     extra = held_out(job, prepared) | ({"memory_bytes": memory_needed(job).as_figures()} if settings.dry_run else {})
@@ -172,10 +175,11 @@ def explained(error: BaseException) -> Exception:
                 return known(str(cause).split("\n")[0])
             cause = getattr(cause, "cause", None) or cause.__cause__
         text = str(failure)
-        if "out of memory" in text.lower() or "OutOfMemory" in type(failure).__name__:
-            return TrainingFailed("A worker ran out of memory: lower trainer.batch_size or raise trainer.accumulate, "
-                                  "or take trainer.activation_checkpointing=true; see docs/troubleshooting.md.")
-        return TrainingFailed(f"A worker failed: {text.strip().splitlines()[-1] if text.strip() else failure!r}")
+        words = ("out of memory", "can't allocate memory", "memoryerror")
+        if any(word in text.lower() for word in words) or "OutOfMemory" in type(failure).__name__:
+            return OutOfMemory("A worker ran out of memory: lower trainer.batch_size or raise trainer.accumulate, "
+                               "or take trainer.activation_checkpointing=true; see docs/troubleshooting.md.")
+        return WorkerFailed(f"A worker failed: {text.strip().splitlines()[-1] if text.strip() else failure!r}")
     return TrainingFailed(str(error).strip().splitlines()[0])
 
 

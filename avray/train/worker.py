@@ -47,11 +47,19 @@ def work(config: dict[str, Any]) -> None:
         return open_loggers(job.settings.trainer.loggers, Path(job.settings.run.dir), job.settings_record, resume_step)\
             if rank == 0 else LoggerGroup([])
 
+    def tell_all(figures: Mapping[str, Any]) -> None:
+        if rank == 0:
+            board.tell.remote("figures", (figures["step"], dict(figures)))
+        report(figures)
+
+    if rank == 0:
+        board.tell.remote("worker", (ray.get_runtime_context().current_actor,))
     place = Place(
         rank=rank, world_size=context.get_world_size(), device=device, train_source=train_source,
         validation_source=PreparedSource(job.validation, job.validation_order, cache, job.columns),
         progress=lambda progress: board.tell.remote("progress", progress),
-        report=lambda figures: report(figures),
+        report=tell_all,
+        saved=lambda checkpoint, step: board.tell.remote("saved", (checkpoint, step)),
         sample=lambda checkpoint, step: board.tell.remote("sample", (str(Path(checkpoint)), step)),
         loggers=loggers,
     )

@@ -1,0 +1,85 @@
+"""How many trials run at a time, and why: counted out before the first one starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from avray.config import SweepSettings
+from avray.data.cluster import SPARE_CPUS, Needs, start_ray
+
+DRIVER_CPUS = 0.01
+"""Of a trial's driver: it waits for its workers nearly all the time."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """``trials`` at a time, and the sentence that says why."""
+
+    trials: int
+    why: str
+
+
+def needs_of(settings: SweepSettings, pools: int, trials: int) -> Needs:
+    """Embedding is shared, so its actors count once; ``trials`` drivers and their workers beside them."""
+    trainer, data = settings.trainer, settings.data
+    return Needs(pools, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus, trainer.num_workers * trials,
+                 trainer.cpus_per_worker + DRIVER_CPUS / trainer.num_workers, float(trainer.use_gpu))
+
+
+def start(settings: SweepSettings, pools: int, count: int) -> Room:
+    """Start or join Ray. ValueError where not even one trial can ever be scheduled."""
+    tune, trainer, verbose = settings.tune, settings.trainer, settings.logging.level == "debug"
+    own = settings.cluster is None and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
+    cores = os.cpu_count() or 1
+    wanted = min(count, tune.max_concurrent or max(1, int(cores // (trainer.num_workers * trainer.cpus_per_worker))))
+    one = needs_of(settings, pools, 1)
+    # A Ray of our own counts logical CPUs, as many as the trials asked for; GPUs are there or not.
+    cpus_alone = Needs(one.pools, one.embed_workers, one.embed_num_cpus, 0.0, trainer.num_workers * wanted,
+                       one.trainer_cpus) if own else Needs()
+    start_ray(cpus_alone, settings.cluster, settings.data.no_progress_timeout_s, verbose)
+    resources = ray.cluster_resources()
+    refusal = one.refusal(resources) or too_big(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    if refusal:
+        raise ValueError(f"Not even one trial fits. {refusal}")
+    return room_for(settings, pools, count, resources, cores if own else None)
+
+
+def too_big(settings: SweepSettings, nodes: Sequence[Mapping[str, Any]]) -> str | None:
+    """A worker that fits on no single machine, however many there are."""
+    trainer = settings.trainer
+    if any(node.get("CPU", 0) >= trainer.cpus_per_worker and node.get("GPU", 0) >= float(trainer.use_gpu)
+           for node in nodes):
+        return None
+    gpu = " and 1 GPU" if trainer.use_gpu else ""
+    return (f"A worker needs {trainer.cpus_per_worker:g} CPUs{gpu} on one machine, and none of {len(nodes)} has them: "
+            "lower trainer.cpus_per_worker, or give the cluster a larger one.")
+
+
+def room_for(settings: SweepSettings, pools: int, count: int, resources: Mapping[str, float],
+             cores: int | None = None) -> Room:
+    """As many as are asked for, as there are trials, and as the CPUs and GPUs hold."""
+    tune, trainer, data = settings.tune, settings.trainer, settings.data
+    cpus = trainer.num_workers * trainer.cpus_per_worker + DRIVER_CPUS
+    kept = SPARE_CPUS + pools * data.embed_workers * data.embed_num_cpus
+    have = resources.get("CPU", 0.0)
+    limits = {f"{have - kept:g} of {have:g} CPUs are left for trials": max(1, math.floor((have - kept) / cpus + 1e-6))}
+    if trainer.use_gpu:
+        gpus = resources.get("GPU", 0.0)
+        limits[f"there are {gpus:g} GPUs"] = max(1, int(gpus // trainer.num_workers))
+    if tune.max_concurrent is not None:
+        limits[f"tune.max_concurrent={tune.max_concurrent}"] = tune.max_concurrent
+    limits[f"there are {count} trials"] = count
+    trials = min(limits.values())
+    why = next(reason for reason, limit in reversed(limits.items()) if limit == trials)
+    each = f"{trainer.num_workers} worker{'s' * (trainer.num_workers > 1)} of {trainer.cpus_per_worker:g} CPU" + (
+        " and 1 GPU" if trainer.use_gpu else "")
+    said = f"{trials} trial{'s' * (trials > 1)} at a time, as {why}; each takes {each}."
+    if cores is not None and trials * trainer.num_workers > cores:
+        said += f" They share {cores} cores: more at a time will not be faster."
+    return Room(trials, said)

@@ -1,0 +1,276 @@
+"""One trial: the very driver of ``train.py``, in a process of Ray Tune's, with its figures reported as they come.
+
+Notable: the trial's own folder is what it goes on from after a crash, a pause or a killed sweep. Ray gets no weights
+from us; a checkpoint reported to it holds one line, the path of ours. That is enough for PBT: a trial that restarts
+with another trial's line copies that checkpoint into its own folder, weights, averages and moments, and trains on with
+its own learning rate. The process is used for one trial after another; a trial that Ray stops ends its worker at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+
+from avray.checkpoint import newest, point
+from avray.config import SweepSettings, TrainSettings, from_mapping, to_mapping
+from avray.data.cache import Cache
+from avray.data.prepare import Prepared, embed, prepare_training
+from avray.errors import CheckpointError, DataError, MissingDependency, OutOfMemory, TrainingFailed, WorkerFailed
+from avray.family import Family
+from avray.registry import family_from_settings
+from avray.train.trainer import train
+from avray.tuning.space import Params, put
+
+POINTER = "avray-checkpoint.json"
+ON_DISK = ("validation_loss", "parameters", "seconds")
+"""Objectives that every run has; the others are the family's metrics."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every trial is given. ``prepared`` is in Ray's object store; without it ``preparer`` is asked."""
+
+    settings: SweepSettings
+    prepared: list[ray.ObjectRef] = dataclasses.field(default_factory=list)
+    preparer: Any = None
+    report_saved: bool = False
+    """Report when a checkpoint is whole instead of when its loss is known: PBT copies it."""
+    keep_every_steps: int = 0
+
+
+def trial_folder(sweep_dir: str | Path, number: int) -> Path:
+    return Path(sweep_dir) / "trials" / f"{number:04d}"
+
+
+def trial_settings(settings: SweepSettings, params: Params, folder: str | Path) -> TrainSettings:
+    """The sweep's settings with one trial's values, in a folder of its own. ValueError for values that cannot be."""
+    mapping = to_mapping(settings)
+    del mapping["tune"]
+    mapping = put(mapping, params)
+    mapping["run"] = {"dir": str(folder)}
+    mapping["dry_run"] = False
+    mapping["resume"] = False
+    mapping["logging"]["progress"] = "off"
+    return from_mapping(TrainSettings, mapping)
+
+
+def prepare_shared(family: Family, settings: TrainSettings, folder: Path) -> Prepared:
+    """Plans, fitted state, and every row of every split embedded: trials only read."""
+    data = settings.data
+    prepared = prepare_training(family, data, folder, settings.logging.progress)
+    embed(list(prepared.dataset.plans.values()), prepared.columns, Cache(data.cache), data, prepared.dataset,
+          settings.logging.progress, "all rows")
+    return prepared
+
+
+@ray.remote(num_cpus=0)
+class Preparer:
+    """Prepares for trials whose data differ, each kind once, one after another: nothing is embedded twice."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.known: dict[str, ray.ObjectRef] = {}
+
+    def prepared(self, settings: TrainSettings) -> list[ray.ObjectRef]:
+        key = json.dumps([to_mapping(settings.family), to_mapping(settings.data)], sort_keys=True)
+        if key not in self.known:
+            from avray.data.cluster import Needs, start_ray
+
+            start_ray(Needs(), None, settings.data.no_progress_timeout_s)
+            prepared = prepare_shared(family_from_settings(settings.family), settings, Path(self.folder))
+            self.known[key] = ray.put(prepared)
+        return [self.known[key]]
+
+
+class Reporter:
+    """Takes what the training says, in the watching thread, and queues what Ray Tune is to know."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.began = time.perf_counter()
+        self.queue: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue()
+        self.losses: dict[int, float] = {}
+        self.workers: list[Any] = []
+        self.cancelled = False
+
+    def worker(self, handle: Any) -> None:
+        self.workers.append(handle)
+        if self.cancelled:
+            self.cancel()
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        if "validation/loss" in figures and step > 0:
+            self.losses[step] = figures["validation/loss"]
+            if not self.plan.report_saved:
+                self.queue.put((self._result(step), None))
+
+    def saved(self, checkpoint: Path, step: int) -> None:
+        if self.plan.report_saved and step in self.losses:
+            self.queue.put((self._result(step), checkpoint))
+
+    def _result(self, step: int) -> dict[str, Any]:
+        return {"step": step, "loss": self.losses[step], "seconds": self.seconds}
+
+    @property
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.began, 2)
+
+    def cancel(self) -> None:
+        """End the training now."""
+        self.cancelled = True
+        for handle in self.workers:
+            with contextlib.suppress(Exception):
+                ray.kill(handle)
+
+
+def run_trial(config: dict[str, Any], plan: Plan) -> None:
+    """What Ray Tune calls. ``config["trial"]``: ``number`` and ``params``."""
+    number, params = config["trial"]["number"], config["trial"]["params"]
+    folder = trial_folder(plan.settings.run.dir, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    fork(folder)
+    attempt = attempts(folder)
+    reporter = Reporter(plan)
+    outcome: list[dict[str, Any] | BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(train_trial(plan, params, folder, reporter))
+        except BaseException as error:
+            outcome.append(error)
+        reporter.queue.put(None)
+
+    thread = threading.Thread(target=work, name="avray-trial", daemon=True)
+    thread.start()
+    try:
+        for result, checkpoint in iter(reporter.queue.get, None):
+            report(result, checkpoint)
+    except SystemExit:  # Ray stops or pauses the trial here, while it reports
+        reporter.cancel()
+        (folder / "attempts").write_text(str(attempt - 1))
+        raise
+    thread.join()
+    ended = outcome[0]
+    final = finish(plan, ended, attempt) if isinstance(ended, BaseException) else {
+        "state": "finished", **{f"values/{name}": value for name, value in ended.items()}}
+    # Only the last line says that it was the last: what is under way has no state.
+    ray.tune.report({"seconds": reporter.seconds, "step": max(reporter.losses, default=0),
+                     "loss": reporter.losses[max(reporter.losses)] if reporter.losses else float("nan"), **final})
+
+
+def train_trial(plan: Plan, params: Params, folder: Path, reporter: Reporter) -> dict[str, float]:
+    """Train (or find it done), and measure the objectives."""
+    settings = trial_settings(plan.settings, params, folder)
+    if plan.keep_every_steps:
+        trainer = replace(settings.trainer, keep_every_steps=plan.keep_every_steps,
+                          checkpoint_every_steps=plan.keep_every_steps)
+        settings = replace(settings, trainer=trainer)
+    settings = replace(settings, resume=newest(folder) is not None, trainer=replace(settings.trainer, max_failures=0))
+    if settings.resume:
+        settings = replace(settings, init_from=None)
+    family = family_from_settings(settings.family)
+    references = plan.prepared or ray.get(plan.preparer.prepared.remote(settings))
+    prepared: Prepared = ray.get(references[0])
+    summary_path = folder / "summary.json"
+    summary = json.loads(summary_path.read_text()) if summary_path.exists() else train(settings, family, prepared,
+                                                                                      reporter)
+    values = {"validation_loss": summary["best_validation_loss"], "parameters": summary["parameters"],
+              "seconds": reporter.seconds}
+    wanted = [one.metric for one in plan.settings.tune.objectives if one.metric not in ON_DISK]
+    if wanted:
+        measured = measure_family(plan.settings, family, prepared, summary["checkpoint"])
+        values |= {name: measured[name] for name in wanted}
+    return values
+
+
+def measure_family(settings: SweepSettings, family: Family, prepared: Prepared, checkpoint: str) -> dict[str, float]:
+    """The family's metrics over what the checkpoint generates for held-out examples, always the same ones."""
+    from avray.engine import Generator
+    from avray.evaluation.evaluate import measure
+    from avray.family import Options
+    from avray.train.samples import answer, questions
+
+    asked = questions(family, prepared.validation, settings.tune.metric_samples)
+    generator = Generator.open(checkpoint, device=settings.trainer.device_name, slots=min(4, len(asked)),
+                               family=settings.family.get("_target_"))
+    return measure(family, answer(generator, asked, Options(), settings.seed)).values
+
+
+def finish(plan: Plan, error: BaseException, attempt: int) -> dict[str, Any]:
+    """What a failure comes to: raised again for Ray to start the trial anew, or the end of the trial in one sentence.
+
+    Settings, data and divergence fail the same way each time; only what nobody foresaw is worth another attempt.
+    """
+    tune = plan.settings.tune
+    foreseen = isinstance(error, ValueError | DataError | MissingDependency | CheckpointError | TrainingFailed)
+    again = not foreseen or isinstance(error, WorkerFailed)
+    if isinstance(error, OutOfMemory | MemoryError):
+        again = tune.retry_out_of_memory
+    if again and attempt <= tune.max_failures:
+        raise error
+    text = str(error).strip() or repr(error)
+    return {"state": "failed", "error": (text if foreseen else f"{type(error).__name__}: {text}").splitlines()[0][:500]}
+
+
+def attempts(folder: Path) -> int:
+    """Which start of this trial this is, from 1; a pause that was asked for counts as none."""
+    path = folder / "attempts"
+    count = 1 + (int(path.read_text()) if path.exists() else 0)
+    path.write_text(str(count))
+    return count
+
+
+def report(result: dict[str, Any], checkpoint: Path | None) -> None:
+    if checkpoint is None:
+        ray.tune.report(result)
+        return
+    with tempfile.TemporaryDirectory() as pointer:
+        (Path(pointer) / POINTER).write_text(json.dumps({"checkpoint": str(checkpoint)}))
+        ray.tune.report(result, checkpoint=ray.tune.Checkpoint.from_directory(pointer))
+
+
+def fork(folder: Path) -> Path | None:
+    """After an exploit: put the donor's checkpoint in the place of this trial's own. Returns the donor's, if any.
+
+    Copied beside and renamed, own checkpoints removed first: killed in between, the trial begins anew or goes on from
+    the donor, and never mixes the two.
+    """
+    given = ray.tune.get_checkpoint()
+    if given is None:
+        return None
+    with given.as_directory() as place:
+        source = Path(json.loads((Path(place) / POINTER).read_text())["checkpoint"])
+    if source.is_relative_to(folder):
+        return None
+    copy_checkpoint(source, folder)
+    return source
+
+
+def copy_checkpoint(source: Path, folder: Path) -> Path:
+    """``source`` becomes the only checkpoint of the run in ``folder``, its best and its last."""
+    from avray.checkpoint import Checkpoint
+
+    Checkpoint.open(source)  # hashed: a donor that was pruned or damaged is an error, not a silent mixture
+    beside = folder / f"donor-{time.time_ns()}"
+    shutil.copytree(source, beside / source.name)
+    for name in ("best", "last", "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    beside.rename(folder / "checkpoints")
+    copied = folder / "checkpoints" / source.name
+    for name in ("best", "last"):
+        point(folder, name, copied)
+    return copied

@@ -1,3 +1,5 @@
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -72,6 +74,34 @@ def test_the_original_codec_lm_fits_16_gb_by_the_estimate():
     assert memory.weights == 4 * count_parameters(family, fitted) == 4 * 12_213_504
     assert memory.optimizer == 2 * memory.weights and memory.ema == 0
     assert memory.total < 16e9, str(memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """Stands for an encoder whose weights are not at hand."""
+
+    name: str
+
+    def column_id(self):
+        return self.name
+
+
+def test_the_original_audio_gpt2_fits_8_gb_by_the_estimate():
+    import numpy as np
+
+    from avray.family import Fitted
+
+    settings = compose(TRAIN, ["experiment=audio_gpt2"])
+    family = family_from_settings(settings.family)
+    base = {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16}
+    arrays = {"mean": np.zeros(768, np.float32), "scale": np.ones(768, np.float32)}
+    fitted = Fitted(arrays, {"features": "wav2vec2", "width": 768, "base": base, "tokens": {"kind": "bytes"}})
+    family = dataclasses.replace(family, encoder=Named("wav2vec2"))
+    assert settings.trainer.batch_size == settings.trainer.accumulate, "one window at a time"
+    row = {"id": "", "weight": 1.0, "text": "w" * 200, "audio.features": np.zeros((1000, 768), np.float32)}
+    memory = estimate(family, fitted, family.collate([row], fitted), settings.trainer)
+    assert memory.weights == 4 * 359_811_072
+    assert memory.total < 8e9, str(memory)
 
 
 def test_recomputing_saves_memory_by_the_estimate():

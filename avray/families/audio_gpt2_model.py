@@ -114,7 +114,9 @@ class Listener(nn.Module):
                 lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch time ids"]:
         """Texts are padded at the end only, where causality hides the padding."""
         self._heard = self.hear(audio, lengths)  # and stays, for activations that are computed again
-        return self.base(input_ids=tokens, use_cache=False).logits
+        # transformers looks at the positions to make its causal mask, which has no values on the meta device.
+        mask = causal_mask(tokens.shape[1], tokens.device) if tokens.is_meta else None
+        return self.base(input_ids=tokens, attention_mask=mask, use_cache=False).logits
 
 
 class LinearStem(nn.Module):
@@ -153,6 +155,10 @@ class ConvStem(nn.Module):
 
 def _inside(size: int, lengths: Tensor) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def causal_mask(size: int, device: torch.device) -> Bool[Tensor, "1 1 time time"]:
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril()[None, None]
 
 
 def make_base(settings: Mapping[str, Any]) -> nn.Module:
@@ -221,7 +227,7 @@ class SlotCache:
             return
         self.row = row
         try:
-            mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=self.device).tril()[None, None]
+            mask = causal_mask(len(tokens), self.device)
             base(input_ids=tokens[None], attention_mask=mask, past_key_values=self, use_cache=True,
                  position_ids=self._places[None, : len(tokens)], logits_to_keep=1)
         finally:

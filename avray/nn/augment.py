@@ -43,6 +43,8 @@ class Augment:
                  generator: torch.Generator) -> tuple[Float[Tensor, "batch time2 bands"], Int[Tensor, " batch"]]:
         """Changed frames (natural logarithms of magnitudes in bands of Slaney's mel scale, as codec ``spectral``
         has them) and their lengths."""
+        if frames.is_meta:  # memory is estimated, and a speed's new length is not known there
+            return frames, lengths
         draw = _Draw(len(frames), generator, frames.device)
         if self.speed:
             frames, lengths = change_speed(frames, lengths, 1 + self.speed * (2 * draw() - 1))

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from avray import cli
+from avray.codecs.spectral import Spectral
+from avray.engine import Engine, Generator
 from avray.families.codec_lm import CodecLM, codec_state, without_text
 from avray.family import Family, Fitted, Options, Request
 from avray.media import Audio
@@ -351,6 +353,19 @@ def test_alone_and_in_company_are_the_same(settings):
     assert np.array_equal(np.concatenate(pieces), alone)
 
 
+def test_the_first_codebook_alone():
+    """Semantic codes, say: one stream, and what it makes is codes of one codebook."""
+    for pattern in PATTERNS:
+        family = tiny(num_codebooks=1, pattern=pattern)
+        assert family.columns(Fitted())[0].encoder.num_codebooks == 1
+        rows = [row | {"audio.codes": row["audio.codes"][:, :1]} for row in rows_of()]
+        fitted = family.fit(iter(rows))
+        model = family.build(fitted)
+        family.init(model, torch.Generator().manual_seed(0))
+        codes, = generate(family, model, fitted, [(rows[0], 0, Options(seconds=1.0))])
+        assert codes.shape == (10, 1) and codes.max() < 8
+
+
 def test_seeds_and_options_matter():
     family = tiny()
     model, fitted = built(family)
@@ -394,19 +409,19 @@ def test_stops_by_itself():
 
 
 def test_text_in_front_is_heeded_and_guidance_follows_it_further():
-    """Two texts, two constant sounds: each text gives its own, alone and together, and with guidance."""
-    family = tiny(text="caption", text_bytes=8, condition_dropout=0.2)
+    """Two texts and none, three constant sounds: each gives its own, alone and together, and with guidance."""
+    family = tiny(text="caption", text_bytes=8, condition_dropout=0.0)
     model, fitted = built(family)
-    rows = [row | {"text": "low" if i % 2 else "", "audio.codes": np.full((10, 3), 1 if i % 2 else 6, np.uint16)}
-            for i, row in enumerate(rows_of(16))]
+    sounds = {"low": 1, "high": 4, "": 6}
+    rows = [row | {"text": text, "audio.codes": np.full((10, 3), sounds[text], np.uint16)}
+            for text, row in zip(["low", "high", ""] * 6, rows_of(18), strict=True)]
     train(family, model, rows, fitted, steps=120)
-    low = rows_of(1, 0)[0] | {"text": "low"}
-    none = rows_of(1, 0)[0]
+    low, high, none = (rows_of(1, 0)[0] | {"text": text} for text in sounds)
     options = Options(seconds=1.0, temperature=0.0, guidance_scale=1.0)
     guided = Options(seconds=1.0, temperature=0.0, guidance_scale=3.0)
-    asked = [(low, 0, options), (none, 0, Options(seconds=1.0, temperature=0.0)), (low, 0, guided)]
-    one, two, three = generate(family, model, fitted, asked, slots=3)
-    assert (one == 1).all() and (two == 6).all() and (three == 1).all()
+    asked = [(low, 0, options), (high, 0, options), (none, 0, Options(seconds=1.0, temperature=0.0)), (low, 0, guided)]
+    one, two, three, four = generate(family, model, fitted, asked, slots=4)
+    assert (one == 1).all() and (two == 4).all() and (three == 6).all() and (four == 1).all()
     plain, = generate(family, model, fitted, [(low, 7, Options(seconds=1.0, guidance_scale=1.0))], slots=3)
     beside = generate(family, model, fitted, [(low, 7, Options(seconds=1.0, guidance_scale=1.0)),
                                               (low, 7, Options(seconds=1.0, guidance_scale=4.0))], slots=3)
@@ -490,3 +505,52 @@ def test_presets_of_every_size(preset, millions):
         model = family.build(Fitted({}, {"codec": "spectral-v1", "cardinality": 1024, "frame_rate_hz": 75.0}))
     tables = model.transformer.embedding.weight.numel() + model.transformer.head.weight.numel()
     assert sum(p.numel() for p in model.parameters()) - tables == pytest.approx(millions * 1e6, rel=0.01)
+
+
+# Through the engine, with the codec that is always there
+
+@pytest.fixture(scope="module")
+def spoken():
+    family = CodecLM(Spectral(num_codebooks=2, cardinality=16, frames_per_centroid=8), 2, segment_s=0.5, context=96,
+                     width=32, num_layers=1, num_heads=2)
+    latents = np.random.default_rng(0).normal(-4, 2, (400, 128)).astype(np.float32)
+    fitted = family.fit(iter([{"audio.latents": latents}]))
+    model = family.build(fitted)
+    family.init(model, torch.Generator().manual_seed(0))
+    return Engine(family, model, fitted, slots=2)
+
+
+def tone(seconds: float, rate_hz: int, level: float = 0.3) -> Audio:
+    wave = level * np.sin(np.arange(round(seconds * rate_hz)) * 2 * np.pi * 440 / rate_hz)
+    return Audio(wave[None].astype(np.float32), rate_hz)
+
+
+@pytest.mark.parametrize("prompt", [
+    pytest.param(None, id="none"), pytest.param(tone(0.5, 24_000, 0.0), id="silent"),
+    pytest.param(tone(0.2, 24_000), id="shorter than a window"), pytest.param(tone(0.001, 24_000), id="within a frame"),
+    pytest.param(tone(4, 24_000), id="longer than the context"), pytest.param(tone(0.7, 8_000), id="another rate"),
+    pytest.param(Audio(tone(0.5, 44_100).samples.repeat(2, 0), 44_100), id="stereo")])
+def test_prompts_of_every_kind_and_the_stream_is_the_file(spoken, prompt):
+    generator = Generator(spoken)
+    how = Options(seconds=2.0)
+    whole = generator.generate(audio=prompt, options=how, seed=3).audio
+    assert whole.sample_rate_hz == 24_000 and whole.samples.shape == (1, 48_000) and np.isfinite(whole.samples).all()
+    pieces = [piece.samples for piece in generator.stream(audio=prompt, options=how, seed=3)]
+    assert len(pieces) > 2
+    assert np.array_equal(np.concatenate(pieces, axis=1), whole.samples)
+
+
+def test_no_samples_and_nothing_left_behind(spoken):
+    with pytest.raises(ValueError, match="at least one"):
+        Generator(spoken).generate(audio=Audio(np.zeros((1, 0), np.float32), 24_000))
+    with pytest.raises(ValueError, match="not finite"):
+        Generator(spoken).generate(audio=Audio(np.full((1, 9), np.nan, np.float32), 24_000))
+    assert not spoken.busy
+
+
+def test_a_stream_closed_between_steps_frees_its_slot(spoken):
+    stream = Generator(spoken).stream(options=Options(seconds=30.0))
+    next(stream)
+    assert len(spoken.free) == 1
+    stream.close()
+    assert len(spoken.free) == 2 and not spoken.sampler.busy

@@ -233,6 +233,10 @@ def test_keys(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                     assert method == "HEAD" or error_of(response)["type"] == "authentication_error"
         for key in ("one", "two"):
             assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+        as_password = {"authorization": "Basic " + base64.b64encode(b"me:one").decode()}
+        assert client.get("/", headers=as_password).status_code == 200
+        assert client.get("/v1/models", headers=as_password).status_code == 401
+        assert client.get("/").headers["www-authenticate"].startswith("Basic")
 
 
 def test_without_a_key_loopback_alone(runs: Path) -> None:

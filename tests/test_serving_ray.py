@@ -163,3 +163,31 @@ def test_a_replica_killed_during_a_stream(client: openai.OpenAI, site: Any, sse:
         with pytest.raises(requests.exceptions.ChunkedEncodingError):
             list(chunks)
     assert post(site, seconds=0.2).status_code == 200
+
+
+def test_a_replica_killed_during_a_job(client: openai.OpenAI, site: Any) -> None:
+    headers = {"authorization": f"Bearer {KEY}", "prefer": "respond-async"}
+    body = {"model": "speech", "seconds": 20, "seed": 3}
+    accepted = requests.post(f"{site[2]}/v1/audio/generate", json=body, headers=headers, timeout=60)
+    assert accepted.status_code == 202
+    status = lambda: requests.get(f"{site[2]}{accepted.headers['location']}", headers=headers, timeout=60).json()  # noqa: E731
+    until(lambda: status()["progress"] > 0.01)
+    os.kill(handle("speech").process.remote().result(), signal.SIGKILL)
+    until(lambda: status()["status"] == "succeeded")
+    content = requests.get(f"{site[2]}{status()['content']}", headers=headers, timeout=60)
+    assert content.content == post(site, seconds=20, seed=3).content
+
+
+def test_serves_one_application_too(ray_session: None, site: Any) -> None:
+    """``serve run serve.app:build`` builds what Serve can deploy; ``serve/config.yaml`` is what its schema wants."""
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from serve import app
+
+    config = yaml.safe_load((Path(__file__).parents[1] / "serve" / "config.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(config)
+    assert [entry.import_path for entry in schema.applications] == ["serve.app:gateway", "serve.app:model"]
+    assert callable(app.gateway) and callable(app.model)
+    built = app.build({"checkpoint": str(site[0] / "next"), "serve.replica.slots": 1})
+    assert isinstance(built, ray.serve.Application)

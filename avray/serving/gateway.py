@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, JSONResponse
 from pydantic import ValidationError
 
 import avray
@@ -24,17 +25,24 @@ from avray.serving import refusals
 from avray.serving.auth import Keys
 from avray.serving.directory import Directory
 from avray.serving.forms import read_form
-from avray.serving.generation import Generation, Job, StreamedSound
+from avray.serving.generation import Generation, StreamedSound, Work
 from avray.serving.guard import Guard
+from avray.serving.job_routes import add_job_routes, job_object
+from avray.serving.jobs import Job
 from avray.serving.messages import Card
 from avray.serving.metrics import Metrics
 from avray.serving.refusals import ApiError
 from avray.serving.schema import Sound, Speech, ask, check, described
 from avray.serving.sound import MEDIA_TYPES, rate_of
+from avray.serving.worker import Worker, digest_of
 from avray.settings.serve import ServeSettings
 
 WEB = Path(__file__).parent / "web"
-CONTINUATIONS = "/v1/audio/continuations"
+GENERATE, SPEECH, CONTINUATIONS = (f"/v1/audio/{name}" for name in ("generate", "speech", "continuations"))
+ABSENT = ("/v1/audio/transcriptions", "/v1/completions", "/v1/embeddings", "/v1/media/embeddings", "/v1/videos",
+          "/v1/videos/sync")
+"""Of the interface, and of no family yet."""
+BODIES = {GENERATE: Sound, SPEECH: Speech, CONTINUATIONS: Sound}
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Gateway:
         self.metrics = Metrics()
         self.directory = Directory(self.serve.limits, self.metrics, handles)
         self.generation = Generation(self.directory, self.metrics)
+        self.worker = Worker(self.serve.jobs, self.directory, self.generation, self._planned)
 
     def __serve_build_asgi_app__(self) -> Guard:
         return Guard(self.app(), self.keys, self.serve.limits, self.metrics)
@@ -59,15 +68,18 @@ class Gateway:
     def app(self) -> FastAPI:
         @contextlib.asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-            tasks = [asyncio.create_task(self.directory.run())]
+            tasks = [asyncio.create_task(task) for task in (self.directory.run(), self.worker.run())]
             yield
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
         app = FastAPI(title="avray", version=avray.__version__, lifespan=lifespan)
         refusals.install(app)
         self._system_routes(app)
         self._sound_routes(app)
+        self._absent_routes(app)
+        add_job_routes(app, self.worker)
         return app
 
     def _system_routes(self, app: FastAPI) -> None:
@@ -97,13 +109,13 @@ class Gateway:
             return model_object(card)
 
     def _sound_routes(self, app: FastAPI) -> None:
-        @app.post("/v1/audio/generate", responses=SOUND)
+        @app.post(GENERATE, responses=SOUND)
         async def generate(body: Sound, request: Request) -> Response:
-            return await self._sound(body, request, "/v1/audio/generate")
+            return await self._sound(body, request, GENERATE)
 
-        @app.post("/v1/audio/speech", responses=SOUND)
+        @app.post(SPEECH, responses=SOUND)
         async def speech(body: Speech, request: Request) -> Response:
-            return await self._sound(body, request, "/v1/audio/speech")
+            return await self._sound(body, request, SPEECH)
 
         @app.post(CONTINUATIONS, responses=SOUND, openapi_extra=multipart(Sound))
         async def continuations(request: Request) -> Response:
@@ -116,35 +128,68 @@ class Gateway:
                 raise ApiError(400, "file is missing: send the recording to continue.", "file", "missing_field")
             return await self._sound(body, request, CONTINUATIONS, form.file)
 
+    def _absent_routes(self, app: FastAPI) -> None:
+        async def absent(request: Request) -> Response:
+            raise ApiError(404, f"No model here answers {request.url.path}.", "model", "no_model_for_route")
+
+        for path in ABSENT:
+            app.add_api_route(path, absent, methods=["POST"], include_in_schema=False)
+
     async def _sound(self, body: Sound, request: Request, route: str, audio: bytes | None = None) -> Response:
+        log, owner = request.scope["avray"]["log"], request.scope["avray"]["owner"]
+        given = body.model_dump(exclude_unset=True)
+        work = self._work(body, route, audio)
+        log |= {"model": work.card.name, "seed": work.ask.seed}
+        if self.serve.log_prompts:
+            log["prompt"] = body.input
+        key = request.headers.get("idempotency-key")
+        if key is not None and not 0 < len(key) <= 255:
+            raise ApiError(400, "Idempotency-Key has from 1 to 255 characters.")
+        if "respond-async" in request.headers.get("prefer", "").lower():
+            document = {"route": route, "body": {**given, "seed": work.ask.seed}}
+            job = Job(owner, work.card.name, document, key=key, digest=digest_of(route, given, audio))
+            job = await self.worker.submit(job, audio)
+            return JSONResponse(job_object(job), 202, {"location": f"/v1/jobs/{job.id}",
+                                                       "preference-applied": "respond-async"})
+        if key is not None:
+            if body.stream or body.stream_format:
+                raise ApiError(400, "With an Idempotency-Key the sound comes whole: leave stream out.", "stream")
+            result = await self.worker.once(owner, key, digest_of(route, given, audio), work)
+            return Response(result.data, headers=result.headers)
+        if not body.streams:
+            data, last = await self.generation.whole(work)
+            return Response(data, headers={**work.headers, "x-avray-checkpoint": last.checkpoint},
+                            media_type=work.media_type)
+        parts = self.generation.parts(work)
+        try:
+            first = await anext(parts)
+        except BaseException:
+            await parts.aclose()  # type: ignore[attr-defined]
+            raise
+        return StreamedSound(self.generation, work, parts, first, body.stream_format == "sse")
+
+    def _work(self, body: Sound, route: str, audio: bytes | None) -> Work:
+        """What is to be made. ApiError for what cannot be."""
         entry = self.directory.get(body.model)
         card = entry.card
         assert card is not None
-        notes = request.scope["avray"]["log"]
-        notes["model"] = card.name
         check(body, card, self.serve.limits, route)
         try:
             rate_hz = rate_of(body.response_format, body.sample_rate, card.sample_rate_hz)
         except ValueError as error:
             raise ApiError(400, str(error), "sample_rate") from None
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-        notes |= {"seed": seed} | ({"prompt": body.input} if self.serve.log_prompts else {})
         headers = {"x-avray-seed": str(seed), "x-avray-model": card.name, "x-avray-sample-rate": str(rate_hz),
                    "x-avray-settings": json.dumps(described(body), separators=(",", ":"))}
-        job = Job(entry, card, ask(body, seed, audio), body.response_format, rate_hz, self.serve.note,
-                  time.monotonic() + self.serve.limits.request_timeout_s)
-        if not body.streams:
-            data, last = await self.generation.whole(job)
-            return Response(data, headers=headers | {"x-avray-checkpoint": last.checkpoint},
-                            media_type=MEDIA_TYPES[body.response_format])
-        parts = self.generation.parts(job)
-        try:
-            first = await anext(parts)
-        except BaseException:
-            await parts.aclose()  # type: ignore[attr-defined]
-            raise
-        headers["x-avray-checkpoint"] = first.checkpoint
-        return StreamedSound(self.generation, job, parts, first, headers, body.stream_format == "sse")
+        return Work(entry, card, ask(body, seed, audio), body.response_format, rate_hz, self.serve.note,
+                    time.monotonic() + self.serve.limits.request_timeout_s, headers)
+
+    def _planned(self, job: Job, file: bytes | None) -> Work:
+        """A job's Work, as its request asked for it."""
+        route = job.document["route"]
+        body = BODIES[route].model_validate(job.document["body"])
+        work = self._work(body, route, file)
+        return replace(work, deadline=math.inf, ask=replace(work.ask, stream=True))
 
 
 def model_object(card: Card) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, Mapping, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ _LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Job:
+class Work:
     """What to make, and into which file."""
 
     entry: Entry
@@ -38,6 +39,17 @@ class Job:
     says_generated: bool
     deadline: float
     """Of ``time.monotonic``."""
+    headers: Mapping[str, str]
+    """How to make it again."""
+
+    @property
+    def media_type(self) -> str:
+        return MEDIA_TYPES[self.format]
+
+    @property
+    def seconds(self) -> float:
+        """How much sound will come, as far as one can know."""
+        return self.ask.options.get("seconds", self.card.segment_s)
 
     def open(self, part: Part, is_whole: bool = False) -> Encoder:
         """The encoder of the file that begins with ``part``."""
@@ -51,13 +63,13 @@ class Generation:
     def __init__(self, directory: Directory, metrics: Metrics) -> None:
         self.directory, self.metrics = directory, metrics
 
-    async def parts(self, job: Job) -> AsyncIterator[Part]:
+    async def parts(self, work: Work, admit: bool = True) -> AsyncIterator[Part]:
         """A model's Parts; closing the generator stops the model within a step. ApiError for a refusal, a deadline
         that passed, a replica that died after its first Part."""
-        tags, begun, first = {"model": job.card.name}, time.monotonic(), True
+        tags, begun, first = {"model": work.card.name}, time.monotonic(), True
         num_samples = 0
-        with self.directory.admitted(job.entry, job.card):
-            async for part in self._attempts(job):
+        with self.directory.admitted(work.entry, work.card) if admit else nullcontext():
+            async for part in self._attempts(work):
                 if first:
                     self.metrics.first.observe(time.monotonic() - begun, tags=tags)
                     first = False
@@ -65,16 +77,16 @@ class Generation:
                 yield part
         seconds = time.monotonic() - begun
         self.metrics.whole.observe(seconds, tags=tags)
-        if num_samples and job.card.sample_rate_hz:
-            self.metrics.real_time.observe(seconds * job.card.sample_rate_hz / num_samples, tags=tags)
+        if num_samples and work.card.sample_rate_hz:
+            self.metrics.real_time.observe(seconds * work.card.sample_rate_hz / num_samples, tags=tags)
 
-    async def _attempts(self, job: Job) -> AsyncIterator[Part]:
+    async def _attempts(self, work: Work) -> AsyncIterator[Part]:
         for attempt in range(1, ATTEMPTS + 1):
-            call = job.entry.handle.options(stream=True).generate.remote(job.ask)
+            call = work.entry.handle.options(stream=True).generate.remote(work.ask)
             has_begun = False
             try:
                 while True:
-                    message = await asyncio.wait_for(anext(call), job.deadline - time.monotonic())
+                    message = await asyncio.wait_for(anext(call), work.deadline - time.monotonic())
                     if isinstance(message, Refusal):
                         raise ApiError(message.status, message.message, message.param)
                     has_begun = True
@@ -84,7 +96,7 @@ class Generation:
             except TimeoutError:
                 raise ApiError(504, "The request took longer than this server gives it.") from None
             except BackPressureError:
-                raise ApiError(429, f"Model {job.card.name} is busy.", headers={"retry-after": "2"}) from None
+                raise ApiError(429, f"Model {work.card.name} is busy.", headers={"retry-after": "2"}) from None
             except (RayError, DeploymentUnavailableError, StopAsyncIteration) as error:
                 if has_begun or attempt == ATTEMPTS:
                     raise ApiError(503 if not has_begun else 500, "The model's process ended before it was done.",
@@ -93,10 +105,10 @@ class Generation:
             finally:
                 call.cancel()
 
-    async def whole(self, job: Job) -> tuple[bytes, Part]:
+    async def whole(self, work: Work) -> tuple[bytes, Part]:
         """The file's bytes, and the last Part, which says rate and channels."""
         samples, last = [], None
-        parts = self.parts(job)
+        parts = self.parts(work)
         try:
             async for part in parts:
                 samples.append(part.data)
@@ -106,13 +118,13 @@ class Generation:
         assert last is not None
         joined = samples[0] if len(samples) == 1 else b"".join(samples)  # type: ignore[arg-type]
         assert isinstance(joined, bytes)
-        if len(joined) < _LARGE_BYTES and job.format in ("wav", "pcm"):
-            return encoded(job, last, joined), last
-        return await asyncio.to_thread(encoded, job, last, joined), last
+        if len(joined) < _LARGE_BYTES and work.format in ("wav", "pcm"):
+            return encoded(work, last, joined), last
+        return await asyncio.to_thread(encoded, work, last, joined), last
 
-    async def stream(self, job: Job, parts: AsyncIterator[Part], first: Part) -> AsyncIterator[bytes]:
+    async def stream(self, work: Work, parts: AsyncIterator[Part], first: Part) -> AsyncIterator[bytes]:
         """The file's bytes as the Parts come; never empty ones."""
-        encoder = job.open(first)
+        encoder = work.open(first)
         part = first
         while True:
             assert isinstance(part.data, bytes)
@@ -126,20 +138,21 @@ class Generation:
             part = await anext(parts)
 
 
-def encoded(job: Job, part: Part, samples: bytes) -> bytes:
-    encoder = job.open(part, is_whole=True)
+def encoded(work: Work, part: Part, samples: bytes) -> bytes:
+    encoder = work.open(part, is_whole=True)
     return encoder.push(samples) + encoder.finish()
 
 
 class StreamedSound(Response):
     """Chunks of a file, or server-sent events with them. Whatever ends it early closes the generation."""
 
-    def __init__(self, generation: Generation, job: Job, parts: AsyncIterator[Part], first: Part,
-                 headers: dict[str, str], is_sse: bool) -> None:
-        super().__init__(None, 200, headers, "text/event-stream" if is_sse else MEDIA_TYPES[job.format])
+    def __init__(self, generation: Generation, work: Work, parts: AsyncIterator[Part], first: Part,
+                 is_sse: bool) -> None:
+        headers = {**work.headers, "x-avray-checkpoint": first.checkpoint}
+        super().__init__(None, 200, headers, "text/event-stream" if is_sse else work.media_type)
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
         self.parts, self.is_sse = parts, is_sse
-        self.chunks = generation.stream(job, parts, first)
+        self.chunks = generation.stream(work, parts, first)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         try:

@@ -27,6 +27,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 logger = logging.getLogger("ray.serve")
 OPEN = "/v1/health/"
 """Paths that need no key begin like this."""
+PAGES = ("/", "/docs", "/openapi.json")
 
 
 class Guard:
@@ -55,7 +56,14 @@ class Guard:
         try:
             notes["owner"] = self._let_in(scope, headers)
             bounded = BoundedBody(receive, headers, self.limits)
-            await self.app(scope, bounded, answer)
+
+            async def answer_unless_refused(message: Message) -> None:
+                if bounded.refused is None:  # of a refusal FastAPI makes a 400
+                    await answer(message)
+
+            await self.app(scope, bounded, answer_unless_refused)
+            if bounded.refused is not None:
+                raise bounded.refused
         except ApiError as error:
             if started:
                 raise
@@ -75,9 +83,11 @@ class Guard:
     def _let_in(self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes]) -> str:
         if scope["path"].startswith(OPEN):
             return ""
-        owner = self.keys.owner(headers.get(b"authorization"))
+        is_page = scope["path"] in PAGES and scope["method"] in ("GET", "HEAD")
+        owner = self.keys.owner(headers.get(b"authorization"), is_page)
         if owner is None:
-            raise ApiError(401, "Give a valid key: Authorization: Bearer …", headers={"www-authenticate": "Bearer"})
+            challenge = 'Basic realm="avray: any name, and the key as password"' if is_page else "Bearer"
+            raise ApiError(401, "Give a valid key: Authorization: Bearer …", headers={"www-authenticate": challenge})
         server = scope.get("server")
         if not self.keys.digests and server and not is_loopback(str(server[0])):
             raise ApiError(403, "This server has no keys, and without them it answers on loopback alone.")
@@ -113,6 +123,7 @@ class BoundedBody:
         self.receive, self.limits = receive, limits
         self.deadline = time.monotonic() + limits.body_timeout_s
         self.num_bytes, self.is_complete = 0, False
+        self.refused: ApiError | None = None
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > limits.body_bytes:
             raise self._too_large()
@@ -128,10 +139,12 @@ class BoundedBody:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.deadline - time.monotonic()):
                 message = await self.receive()
         except TimeoutError:
-            raise ApiError(408, f"The body did not arrive within {self.limits.body_timeout_s:g} s.",
-                           headers={"connection": "close", "x-should-retry": "false"}) from None
+            self.refused = ApiError(408, f"The body did not arrive within {self.limits.body_timeout_s:g} s.",
+                                    headers={"connection": "close", "x-should-retry": "false"})
+            raise self.refused from None
         self.num_bytes += len(message.get("body", b""))
         self.is_complete = not message.get("more_body", False)
         if self.num_bytes > self.limits.body_bytes:
-            raise self._too_large()
+            self.refused = self._too_large()
+            raise self.refused
         return message

@@ -35,9 +35,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The gateway behind uvicorn, with a key."""
     folder = tmp_path_factory.mktemp("web")
     serve = ServeSettings(jobs=JobSettings(str(folder / "jobs")))
-    handles = {"next": Local(ModelSettings("next", str(save_continuation(folder / "next")), serve.replica, serve.limits)),
-               "speech": Local(ModelSettings("speech", str(save_codec_lm(folder / "speech")), serve.replica,
-                                             serve.limits))}
+    runs = {"next": save_continuation(folder / "next"), "speech": save_codec_lm(folder / "speech")}
+    handles = {name: Local(ModelSettings(name, str(run), serve.replica, serve.limits)) for name, run in runs.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AVRAY_API_KEYS", KEY)
         app = Gateway(GatewaySettings(serve, Keys.from_environment()), handles).__serve_build_asgi_app__()

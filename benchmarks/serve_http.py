@@ -193,33 +193,6 @@ def batcher(run: str, port: int) -> None:
     uvicorn.run(Starlette(routes=[Route("/predict", predict, methods=["POST"])]), port=port, log_level="error")
 
 
-def litserve(run: str, port: int) -> None:
-    import litserve as ls
-    from starlette.responses import Response
-
-    class Api(ls.LitAPI):
-        def setup(self, device: str) -> None:
-            self.direct = Direct(run)
-
-        def decode_request(self, request: Any) -> bytes:
-            return request["file"].file.read()
-
-        def batch(self, inputs: list[bytes]) -> list[bytes]:
-            return inputs
-
-        def predict(self, batch: list[bytes]) -> list[bytes]:
-            return self.direct(batch)
-
-        def unbatch(self, output: list[bytes]) -> list[bytes]:
-            return output
-
-        def encode_response(self, output: bytes) -> Response:
-            return Response(output, media_type="audio/wav")
-
-    server = ls.LitServer(Api(max_batch_size=SLOTS, batch_timeout=0.0), accelerator="cpu")
-    server.run(port=port, host="127.0.0.1", generate_client_file=False, log_level="error")
-
-
 def canned(port: int, pause_s: float) -> None:
     """Half a second of silence, after a pause."""
     import asyncio
@@ -271,6 +244,8 @@ def server_of(name: str, run: str, port: int) -> list[str]:
     if name == "avray":
         return ["serve/app.py", f"checkpoints=[bench:{run}]", f"serve.port={port}", f"serve.replica.slots={SLOTS}",
                 f"serve.jobs.folder={Path(run).parent / 'jobs'}"]
+    if name == "litserve":
+        return ["-m", "benchmarks.serve_litserve", run, str(port)]
     return ["-m", "benchmarks.serve_http", "--server", name, run, str(port)]
 
 
@@ -332,7 +307,8 @@ def main() -> None:
         print(json.dumps(asdict(client(int(port), path, int(clients), float(seconds), stream == "1"))))
     elif given.server:
         name, run, port = given.server
-        {"batcher": batcher, "litserve": litserve}[name](run, int(port))
+        assert name == "batcher"
+        batcher(run, int(port))
     elif given.canned:
         canned(int(given.canned[0]), float(given.canned[1]))
     else:

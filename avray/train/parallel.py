@@ -87,11 +87,15 @@ class Parallel:
         return state
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        """Restore whole moments, cut into this rank's shards where the parameters are."""
+        """Restore whole moments, cut into this rank's shards where the parameters are. Rates, decays and betas stay
+        those of the settings, so that what is given anew counts (a resumed run, a trial with another's weights)."""
+        own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         moments = {index: {key: like(parameters[int(index)], value) if isinstance(value, Tensor) and value.ndim
                            else value for key, value in one.items()} for index, one in state["state"].items()}
         optimizer.load_state_dict({**state, "state": moments})
+        for group, settings in zip(optimizer.param_groups, own, strict=True):
+            group.update(settings)
 
     def load_model(self, state: Mapping[str, Tensor]) -> None:
         """Restore whole weights, cut into this rank's shards. Names and shapes were checked on reading."""

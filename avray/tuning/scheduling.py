@@ -69,13 +69,17 @@ class Asha(AsyncHyperBandScheduler):
 
 
 class Pbt(PopulationBasedTraining):
-    """Population based training (Jaderberg et al. 2017). What travels from donor to trial is a pointer to the donor's
-    checkpoint on disk; the trial copies it (avray.tuning.trial.fork)."""
+    """Population based training (Jaderberg et al. 2017). What travels from donor to trial is a pointer to the
+    donor's checkpoint on disk; the trial copies it (avray.tuning.trial.fork). Synchronous: trials are compared at the same step,
+    whichever was faster, so that two sweeps alike give two tables alike."""
 
     def __init__(self, settings: SweepSettings, space: Space, journal: Journal, every_steps: int) -> None:
         tune = settings.tune
         super().__init__(time_attr="step", metric="loss", mode="min", perturbation_interval=every_steps,
-                         quantile_fraction=tune.quantile, custom_explore_fn=lambda config: config, log_config=False)
+                         quantile_fraction=tune.quantile, custom_explore_fn=lambda config: config, log_config=False,
+                         synch=True)
+        assert settings.trainer.max_steps is not None
+        self.max_steps = settings.trainer.max_steps
         self.space, self.journal, self.seed, self.resample = space, journal, settings.seed, tune.resample_probability
         random.seed(settings.seed)  # with which Ray chooses among the best
 
@@ -116,6 +120,8 @@ class Journalled(TrialScheduler):
         said = {"step": step, "loss": loss if math.isfinite(loss) else None, "seconds": result["seconds"]}
         if isinstance(self.inner, Pbt):  # which goes on from another's result, so this one's stands before it
             self.journal.write("result", number, **said, decision=TrialScheduler.CONTINUE)
+            if step >= self.inner.max_steps:
+                return TrialScheduler.CONTINUE
             return self.inner.on_trial_result(tune_controller, trial, result)
         decision = self.inner.on_trial_result(tune_controller, trial, result)
         self.journal.write("result", number, **said, decision=decision)

@@ -118,7 +118,7 @@ def run(settings: SweepSettings, space: Space, journal: Journal, plan: Plan, tri
     """Ray Tune, until every trial has ended."""
     tune, folder = settings.tune, Path(settings.run.dir)
     for record in journal.unfinished:
-        (trial_folder(folder, record.number) / "attempts").unlink(missing_ok=True)  # a killed driver is no failed trial
+        (trial_folder(folder, record.number) / "clock.json").unlink(missing_ok=True)  # a killed driver is no failure
     scheduler = make_scheduler(settings, space, journal)
     search = None
     space_of_ray: dict[str, Any] = {}

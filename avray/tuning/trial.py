@@ -95,12 +95,28 @@ class Preparer:
         return [self.known[key]]
 
 
+@dataclass(frozen=True)
+class Clock:
+    """How often a trial was started, and the time of its starts before this one."""
+
+    attempts: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, folder: Path) -> Clock:
+        path = folder / "clock.json"
+        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+
+    def write(self, folder: Path) -> None:
+        (folder / "clock.json").write_text(json.dumps(dataclasses.asdict(self)))
+
+
 class Reporter:
     """Takes what the training says, in the watching thread, and queues what Ray Tune is to know."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, seconds_before: float = 0.0) -> None:
         self.plan = plan
-        self.began = time.perf_counter()
+        self.began = time.perf_counter() - seconds_before
         self.queue: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue()
         self.losses: dict[int, float] = {}
         self.workers: list[Any] = []
@@ -142,8 +158,10 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
     folder = trial_folder(plan.settings.run.dir, number)
     folder.mkdir(parents=True, exist_ok=True)
     fork(folder)
-    attempt = attempts(folder)
-    reporter = Reporter(plan)
+    clock = Clock.read(folder)
+    attempt = clock.attempts + 1
+    replace(clock, attempts=attempt).write(folder)
+    reporter = Reporter(plan, clock.seconds)
     outcome: list[dict[str, Any] | BaseException] = []
 
     def work() -> None:
@@ -160,7 +178,7 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
             report(result, checkpoint)
     except SystemExit:  # Ray stops or pauses the trial here, while it reports
         reporter.cancel()
-        (folder / "attempts").write_text(str(attempt - 1))
+        Clock(attempt - 1, reporter.seconds).write(folder)  # a pause that was asked for is no failure
         raise
     thread.join()
     ended = outcome[0]
@@ -223,14 +241,6 @@ def finish(plan: Plan, error: BaseException, attempt: int) -> dict[str, Any]:
         raise error
     text = str(error).strip() or repr(error)
     return {"state": "failed", "error": (text if foreseen else f"{type(error).__name__}: {text}").splitlines()[0][:500]}
-
-
-def attempts(folder: Path) -> int:
-    """Which start of this trial this is, from 1; a pause that was asked for counts as none."""
-    path = folder / "attempts"
-    count = 1 + (int(path.read_text()) if path.exists() else 0)
-    path.write_text(str(count))
-    return count
 
 
 def report(result: dict[str, Any], checkpoint: Path | None) -> None:

@@ -70,8 +70,8 @@ class Asha(AsyncHyperBandScheduler):
 
 class Pbt(PopulationBasedTraining):
     """Population based training (Jaderberg et al. 2017). What travels from donor to trial is a pointer to the
-    donor's checkpoint on disk; the trial copies it (avray.tuning.trial.fork). Synchronous: trials are compared at the same step,
-    whichever was faster, so that two sweeps alike give two tables alike."""
+    donor's checkpoint on disk; the trial copies it (avray.tuning.trial.fork). Synchronous: trials are compared at the
+    same step, whichever was faster, so that two sweeps alike give two tables alike."""
 
     def __init__(self, settings: SweepSettings, space: Space, journal: Journal, every_steps: int) -> None:
         tune = settings.tune

@@ -130,7 +130,8 @@ class Journalled(TrialScheduler):
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         self.inner.on_trial_error(tune_controller, trial)
         number = trial.config["trial"]["number"]
-        if not self.journal.records[number].ended:
+        # Ray says so of a trial that it starts again, too.
+        if not self.journal.records[number].ended and not trial.should_recover():
             self.journal.write("end", number, state="failed", error=reason_of(trial))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

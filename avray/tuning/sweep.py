@@ -148,6 +148,8 @@ def run(settings: SweepSettings, space: Space, journal: Journal, plan: Plan, tri
             failure_config=ray.tune.FailureConfig(max_failures=tune.max_failures)),
     )
     tuner.fit()
+    for record in journal.unfinished:
+        journal.write("end", record.number, state="failed", error="Its process could not be started.")
 
 
 def quiet_tune() -> None:

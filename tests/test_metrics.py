@@ -22,7 +22,7 @@ from avray.metrics.spectral import (
     multi_resolution_stft_distance,
     window_for,
 )
-from avray.metrics.text import TextErrorRate, cer, wer
+from avray.metrics.text import Bleu, RougeL, TextErrorRate, cer, wer
 
 RATES = (16_000, 24_000, 44_100)
 
@@ -296,3 +296,28 @@ def test_what_cannot_be_judged_is_skipped_and_counted():
     length = accumulators.DurationError()
     length.update(nothing, sound, {})
     assert length.value() == 0.5
+
+
+def test_bleu_is_that_of_torchmetrics_and_merges():
+    from torchmetrics.text import BLEUScore
+
+    pairs = [("the cat is on the mat", "there is a cat on the mat"), ("a b c d e", "A b, c d e!")]
+    bleu, half = Bleu(), Bleu()
+    bleu.update(*pairs[0])
+    half.update(*pairs[1])
+    half.update("x", None)
+    bleu.merge(half)
+    given, wanted = [a for a, _ in pairs], [["there is a cat on the mat"], ["a b c d e"]]
+    assert bleu.value() == pytest.approx(float(BLEUScore()(given, wanted)))
+    assert math.isnan(Bleu().value())
+
+
+def test_rouge_l_counts_the_longest_common_subsequence():
+    rouge = RougeL()
+    rouge.update("police killed the gunman", "police kill the gunman")  # Lin's own example
+    assert rouge.value() == pytest.approx(0.75)
+    other = RougeL()
+    other.update("", "")
+    other.update("one", None)
+    rouge.merge(other)
+    assert rouge.value() == pytest.approx((0.75 + 1) / 2) and rouge.count == 2

@@ -29,7 +29,7 @@ from avray.errors import MissingDependency
 from avray.families.audio_gpt2_model import Adapt, Listen, Listener, ListenerConfig, Stem
 from avray.families.audio_gpt2_sampler import Generation, TextRenderer, TextSampler
 from avray.family import Batch, Column, Example, Fitted, Metric, Options, Prompt, Question, Request, Row, Unit
-from avray.metrics.text import TextErrorRate
+from avray.metrics.text import Bleu, RougeL, TextErrorRate
 from avray.nn.augment import Augment
 from avray.progress import no_weight_bars
 
@@ -292,7 +292,8 @@ class AudioGPT2:
         return TextRenderer(open_tokens(fitted.data["tokens"]))
 
     def metrics(self) -> dict[str, Callable[[], Metric]]:
-        return {"wer": lambda: TextErrorRate("word"), "cer": lambda: TextErrorRate("character")}
+        return {"wer": lambda: TextErrorRate("word"), "cer": lambda: TextErrorRate("character"), "bleu": Bleu,
+                "rouge_l": RougeL}
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:

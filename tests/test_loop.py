@@ -9,6 +9,8 @@ import torch
 
 from avray.checkpoint import Checkpoint, newest
 from avray.errors import CheckpointError, TrainingFailed
+from avray.train.loop import averaged
+from avray.train.optim import Ema
 from tests.toy import ToyFamily, run_loop, toy_job
 
 
@@ -166,3 +168,30 @@ def test_workers_resume_to_the_same_bits(tmp_path, workers, parallel):
     alone = run_loop(toy_job(tmp_path, {"max_steps": 9, "ema_decay": 0.5}, run="alone"))[1]
     figures = Checkpoint.open(tmp_path / "whole").figures
     assert alone.validation_loss == pytest.approx(figures["validation_loss"], abs=0.05)
+
+
+def test_a_checkpoint_waits_for_its_samples(tmp_path):
+    """However late they are made; afterwards it is pruned like any other."""
+    from avray.checkpoint import checkpoints
+    from avray.train.samples import WAITING, await_samples, awaited, sample_folder
+
+    job = toy_job(tmp_path, {"max_steps": 6, "checkpoint_every_steps": 1, "keep_last": 1, "sample_every_steps": 6,
+                             "num_samples": 1})
+    run_dir = Path(job.settings.run.dir)
+    run_loop(job, sample=lambda checkpoint, step: await_samples(run_dir, step))
+    assert {path.name for path in awaited(run_dir)} == {"step-00000000", "step-00000006"}
+    assert {"step-00000000", "step-00000006"} <= {path.name for path in checkpoints(run_dir)}
+    (sample_folder(run_dir, 0) / WAITING).unlink()
+    assert {path.name for path in awaited(run_dir)} == {"step-00000006"}
+
+
+def test_a_tied_weight_is_averaged_under_both_its_names():
+    model = torch.nn.ModuleDict({"table": torch.nn.Embedding(3, 2), "head": torch.nn.Linear(2, 3)})
+    model["head"].weight = model["table"].weight
+    ema = Ema(model, 0.5)
+    with torch.no_grad():
+        model["table"].weight.add_(1)
+    ema.update(0)
+    state = averaged(model, model.state_dict(), ema.state_dict())
+    assert set(state) == {"table.weight", "head.weight", "head.bias"}
+    assert state["head.weight"] is state["table.weight"] and not torch.equal(state["head.weight"], model["head"].weight)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -22,7 +23,10 @@ CONTINUATION = ["family.segment_s=0.4", "family.num_layers=1", "family.num_heads
 CODEC_LM = ["family=codec_lm", "family.segment_s=0.4", "family.num_layers=1", "family.num_heads=2", "family.width=32",
             "family.num_codebooks=2", "family.context=128", "codec.cardinality=16", "codec.num_codebooks=2",
             "codec.frames_per_centroid=8"]
-FAMILIES = {"continuation": CONTINUATION, "codec_lm": CODEC_LM}
+AUDIO_GPT2 = ["family=audio_gpt2", "family.segment_s=4", "family.overlap_s=1", "family.num_layers=1",
+              "family.num_heads=2", "family.width=32", "family.stem_layers=1", "family.context=16",
+              "family.augment.speed=0.1"]
+FAMILIES = {"continuation": CONTINUATION, "codec_lm": CODEC_LM, "audio_gpt2": AUDIO_GPT2}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,16 @@ def wavs(tmp_path_factory):
     for index in range(12):
         pitch = 200 * 1.1**index * (1 + 0.1 * time_s)
         soundfile.write(folder / f"tone{index}.wav", 0.3 * np.sin(2 * np.pi * pitch * time_s), 16_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spoken(wavs, tmp_path_factory):
+    """The same with a word beside each."""
+    folder = tmp_path_factory.mktemp("spoken")
+    for path in wavs.iterdir():
+        shutil.copy(path, folder)
+        (folder / f"{path.stem}.txt").write_text("low" if int(path.stem.removeprefix("tone")) < 6 else "high")
     return folder
 
 
@@ -64,8 +78,11 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_every_verb(ray_session, tmp_path, wavs, family):
+def test_every_verb(ray_session, tmp_path, wavs, spoken, family):
     """prepare → train → resume → evaluate → generate, from nothing."""
+    writes = family == "audio_gpt2"
+    made, prompts = "txt" if writes else "wav", wavs
+    wavs = spoken if writes else wavs
     from avray.data.prepare import check, prepare_all
     from avray.evaluation.evaluate import evaluate
     from avray.generation.many import generate_many
@@ -87,7 +104,7 @@ def test_every_verb(ray_session, tmp_path, wavs, family):
     assert written["rows"] == {"used": 12, "rejected": 0, "examples": examples, "examples_rejected": 0}
     assert (tmp_path / "whole" / "metrics.csv").exists() and list((tmp_path / "whole" / "tensorboard").glob("events*"))
     for step in (0, 6):
-        assert len(list((tmp_path / "whole" / "samples" / f"step-{step:08d}").glob("*.generated.wav"))) == 1
+        assert len(list((tmp_path / "whole" / "samples" / f"step-{step:08d}").glob(f"*.generated.{made}"))) == 1
 
     run(settings(wavs, cache, tmp_path / "cut", "trainer.stop_at_step=4", family=family))
     run(settings(wavs, cache, tmp_path / "cut", "resume=true", family=family))
@@ -103,20 +120,25 @@ def test_every_verb(ray_session, tmp_path, wavs, family):
         assert {"bits_per_token_codebook_2", "token_accuracy", "frechet_distance_codec_latents", "level_error_db",
                 "silence_fraction"} <= set(report["metrics"])
         assert "latents of spectral" in (tmp_path / "report" / "report.html").read_text()
-    assert (tmp_path / "report" / "report.html").exists() and (tmp_path / "report" / "spectrograms.png").exists()
+    if writes:
+        assert {"wer", "cer", "bleu", "rouge_l"} == set(report["metrics"])
+    assert (tmp_path / "report" / "report.html").exists()
+    assert writes or (tmp_path / "report" / "spectrograms.png").exists()
 
-    said = generate(compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"audio={wavs / 'tone3.wav'}", "seconds=1",
-                                       f"output={tmp_path / 'out.wav'}"]))
-    assert "1.00 s at 24000 Hz" in said
-    assert soundfile.info(tmp_path / "out.wav").frames == 24_000
+    said = generate(compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"audio={prompts / 'tone3.wav'}",
+                                       "max_tokens=5" if writes else "seconds=1",
+                                       f"output={tmp_path / f'out.{made}'}"]))
+    assert ("characters" if writes else "1.00 s at 24000 Hz") in said
+    assert (tmp_path / f"out.{made}").exists()
+    assert writes or soundfile.info(tmp_path / "out.wav").frames == 24_000
 
-    many = compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"data.path={wavs}", "data.max_samples=3",
-                              "seconds=0.4", f"output={tmp_path / 'many'}", "slots=2"])
+    many = compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"data.path={prompts}", "data.max_samples=3",
+                              *([] if writes else ["seconds=0.4"]), f"output={tmp_path / 'many'}", "slots=2"])
     assert "3 of 3 results" in generate_many(many)
-    (tmp_path / "many" / "tone1.wav").unlink()
-    before = (tmp_path / "many" / "tone0.wav").stat().st_mtime_ns
+    (tmp_path / "many" / f"tone1.{made}").unlink()
+    before = (tmp_path / "many" / f"tone0.{made}").stat().st_mtime_ns
     assert "(1 made now)" in generate_many(many)
-    assert (tmp_path / "many" / "tone0.wav").stat().st_mtime_ns == before
+    assert (tmp_path / "many" / f"tone0.{made}").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("workers", [2, 3])

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import ray
 
+from avray.checkpoint import prune
 from avray.progress import Progress, ProgressLine, shown
 from avray.train.job import Job
-from avray.train.samples import Asked, questions, write_samples
+from avray.train.samples import WAITING, Asked, questions, sample_folder, write_samples
 
 
 class Listener(Protocol):
@@ -51,7 +52,10 @@ class Board:
 def sample(checkpoint: str, asked: list[Asked], folder: str, tensorboard: str | None, step: int,
            family: str | None) -> None:
     """Samples of one checkpoint, beside the training."""
-    write_samples(checkpoint, asked, Path(folder), Path(tensorboard) if tensorboard else None, step, family)
+    try:
+        write_samples(checkpoint, asked, Path(folder), Path(tensorboard) if tensorboard else None, step, family)
+    finally:
+        (Path(folder) / WAITING).unlink(missing_ok=True)
 
 
 class Watch:
@@ -105,16 +109,18 @@ class Watch:
         # A folder of its own: TensorBoard follows one event file a folder, and would lose the trainer's.
         wanted = self.job.settings.trainer.loggers.tensorboard
         tensorboard = str(self.run_dir / "tensorboard" / "samples") if wanted else None
-        folder = str(self.run_dir / "samples" / f"step-{step:08d}")
+        folder = str(sample_folder(self.run_dir, step))
         family = self.job.settings.family.get("_target_")
         self.sampling.append(sample.remote(checkpoint, self.asked, folder, tensorboard, step, family))
 
     def finish(self) -> None:
-        """Wait for the samples under way. One that failed (its checkpoint was pruned meanwhile) is said, not raised."""
+        """Wait for the samples under way, and prune what was kept for them. One that failed is said, not raised."""
         for reference in self.sampling:
             try:
                 ray.get(reference)
             except ray.exceptions.RayError as error:
                 self.failed_samples.append(str(error).strip().splitlines()[-1])
+        trainer = self.job.settings.trainer
+        prune(self.run_dir, trainer.keep_last, trainer.keep_every_steps)
         for reason in self.failed_samples:
             print(f"A sample could not be made: {reason}", file=sys.stderr)

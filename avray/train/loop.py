@@ -34,6 +34,7 @@ from avray.train.job import Job
 from avray.train.loggers import LoggerGroup
 from avray.train.optim import EarlyStopping, Ema, build_optimizer, build_schedule
 from avray.train.parallel import LossModule, Parallel, agreed, like, recompute_activations, total, whole
+from avray.train.samples import awaited
 from avray.train.validation import Validation, validation_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -309,7 +310,7 @@ class Loop:
                  "stopping": self.stopping.state_dict(), "scaler": self.scaler.state_dict(),
                  "identity": self.job.identity,
                  "validation": None if self.validation is None else dataclasses.asdict(self.validation)}
-        ema = None if self.ema is None else {**model, **{k: v.to(model[k].dtype) for k, v in self._ema_state().items()}}
+        ema = None if self.ema is None else averaged(self.model, model, self._ema_state())
         if self.saver is None:
             return
         job, step = self.job, self.step
@@ -320,7 +321,7 @@ class Loop:
         run_dir = Path(job.settings.run.dir)
 
         def published(folder: Path) -> None:
-            prune(run_dir, self.trainer.keep_last, self.trainer.keep_every_steps)
+            prune(run_dir, self.trainer.keep_last, self.trainer.keep_every_steps, awaited(run_dir))
             self.place.saved(folder, step)
             if sampling:
                 self.place.sample(folder, step)
@@ -369,3 +370,12 @@ class Loop:
         with torch.profiler.profile(schedule=schedule, record_shapes=True, on_trace_ready=lambda profile: (
                 profile.export_chrome_trace(str(folder / "trace.json")))) as profiler:
             yield profiler
+
+
+def averaged(module: torch.nn.Module, state: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with the averages in place of what was averaged: a tied weight under each of its names."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(parameter), name)
+             for name, parameter in module.named_parameters(remove_duplicate=False)}
+    made = {name: average.to(state[name].dtype) for name, average in averages.items()}
+    return {name: made.get(names.get(name, name), tensor) for name, tensor in state.items()}

@@ -18,6 +18,25 @@ from avray.family import Example, Family, Media, Options, Question, Request, Uni
 from avray.media import Audio, read_audio, write_audio
 from avray.metrics.pictures import comparison_png, spectrogram_rgb
 
+WAITING = ".waiting"
+"""A file in a step's samples folder: they are still to be made, so the checkpoint of that step must stay."""
+
+
+def await_samples(run_dir: Path, step: int) -> None:
+    """Keep the checkpoint of ``step`` from being pruned until its samples are made."""
+    folder = sample_folder(run_dir, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WAITING).touch()
+
+
+def awaited(run_dir: Path) -> list[Path]:
+    """Checkpoints whose samples are still to be made."""
+    return [run_dir / "checkpoints" / marker.parent.name for marker in run_dir.glob(f"samples/*/{WAITING}")]
+
+
+def sample_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "samples" / f"step-{step:08d}"
+
 
 @dataclass(frozen=True)
 class Asked:

@@ -36,6 +36,7 @@ from avray.registry import family_settings
 from avray.train.board import Board, Listener, Watch
 from avray.train.job import Job
 from avray.train.memory import Memory, count_parameters, estimate
+from avray.train.samples import WAITING, awaited, sample_folder
 from avray.train.summary import rejected_rows, write_summary
 from avray.train.validation import checkpoint_loss
 from avray.train.worker import work
@@ -108,6 +109,8 @@ def check_run_dir(run_dir: Path, settings: TrainSettings) -> None:
                          "by resume=true, or give another run.dir.")
     run_dir.mkdir(parents=True, exist_ok=True)
     sweep(run_dir)
+    for marker in awaited(run_dir):  # of a driver that died
+        (sample_folder(run_dir, int(marker.name.rpartition("-")[2])) / WAITING).unlink()
 
 
 def check_device(settings: TrainSettings) -> None:

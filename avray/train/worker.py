@@ -19,6 +19,7 @@ from avray.train.job import Job
 from avray.train.loggers import LoggerGroup, open_loggers
 from avray.train.loop import Loop, Place
 from avray.train.parallel import agreed
+from avray.train.samples import await_samples
 
 
 def work(config: dict[str, Any]) -> None:
@@ -52,6 +53,10 @@ def work(config: dict[str, Any]) -> None:
             board.tell.remote("figures", (figures["step"], dict(figures)))
         report(figures)
 
+    def sample(checkpoint: Path, step: int) -> None:
+        await_samples(Path(job.settings.run.dir), step)
+        board.tell.remote("sample", (str(checkpoint), step))
+
     if rank == 0:
         board.tell.remote("worker", (ray.get_runtime_context().current_actor,))
     place = Place(
@@ -60,7 +65,7 @@ def work(config: dict[str, Any]) -> None:
         progress=lambda progress: board.tell.remote("progress", progress),
         report=tell_all,
         saved=lambda checkpoint, step: board.tell.remote("saved", (checkpoint, step)),
-        sample=lambda checkpoint, step: board.tell.remote("sample", (str(Path(checkpoint)), step)),
+        sample=sample,
         loggers=loggers,
     )
     outcome = Loop(job, place).run()

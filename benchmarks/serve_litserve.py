@@ -5,22 +5,22 @@
 
 from __future__ import annotations
 
+import base64
 import sys
 from typing import Any
 
 import litserve
-from starlette.requests import Request
 from starlette.responses import Response
 
-from benchmarks.serve_http import SLOTS, Direct
+from benchmarks.serve_http import LITSERVE, SLOTS, Direct
 
 
 class Api(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.direct = Direct(sys.argv[1])
 
-    def decode_request(self, request: Request) -> bytes:
-        return request["file"].file.read()
+    def decode_request(self, request: dict[str, str]) -> bytes:
+        return base64.b64decode(request["file"])
 
     def batch(self, inputs: list[bytes]) -> list[bytes]:
         return inputs
@@ -36,5 +36,5 @@ class Api(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    server = litserve.LitServer(Api(max_batch_size=SLOTS, batch_timeout=0.0), accelerator="cpu")
+    server = litserve.LitServer(Api(max_batch_size=SLOTS, batch_timeout=0.0, api_path=LITSERVE), accelerator="cpu")
     server.run(port=int(sys.argv[2]), host="127.0.0.1", generate_client_file=False, log_level="error")

@@ -116,7 +116,7 @@ def ask(port: int, path: str, clients: int, seconds: float, stream: bool = False
 # ── the servers ──────────────────────────────────────────
 
 
-def save_model(run: Path) -> None:
+def save_model(run: Path, step: int = 1) -> None:
     """The original's size, fitted on noise, weights drawn."""
     import torch
 
@@ -134,7 +134,7 @@ def save_model(run: Path) -> None:
     family.init(model, torch.Generator().manual_seed(0))
     content = checkpoint.Content(model=model.state_dict(), family=family_settings(family), fitted=fitted, settings={},
                                  ema=None, trainer=None, figures={}, card="")
-    checkpoint.save(run, 1, content, ("last", "best"))
+    checkpoint.save(run, step, content, ("last", "best"))
 
 
 class Direct:

@@ -155,7 +155,8 @@ def run(settings: AppSettings, wait: bool = True) -> str:
     if GATEWAY not in ray.serve.status().applications:
         ray.serve.run(gateway_app(settings.serve), name=GATEWAY, route_prefix="/")
     names = ", ".join(model.name for model in models)
-    line = f"Serving {names} at http://{settings.serve.host}:{settings.serve.port}/ (the playground; /docs)"
+    line = (f"Serving {names} at http://{settings.serve.host}:{settings.serve.port}/ (the playground; /docs), "
+            f"cluster={ray.get_runtime_context().gcs_address}")
     if settings.cluster is not None or not wait:
         return line
     print(line, flush=True)

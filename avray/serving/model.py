@@ -23,10 +23,12 @@ from avray.family import Options, Request
 from avray.media import Audio, Limits, read_audio
 from avray.serving.engine_thread import EngineThread, Stream
 from avray.serving.messages import Ask, Card, Part, Refusal, Takes
+from avray.serving.metrics import ReplicaMetrics
 from avray.settings.serve import LimitSettings, ReplicaSettings
 
 PART_S = 0.1
 """Sound of one Part after the first, at least: each costs about a millisecond on its way."""
+REPORT_S = 2.0
 _TRIED = Options(seconds=1.0, max_tokens=8, temperature=1.0, top_k=4, top_p=0.9, guidance_scale=2.0, num_steps=4,
                  beams=2)
 
@@ -51,6 +53,18 @@ class Model:
         self.thread = EngineThread(self._build, asyncio.get_running_loop())
         self.thread.start()
         self.engine = await self.thread.ready
+        self.reporting = asyncio.create_task(self._report())
+
+    async def _report(self) -> None:
+        """What the engine does, to Prometheus, once in a while."""
+        metrics, steps = ReplicaMetrics(self.settings.name), 0
+        while True:
+            before, steps = steps, self.thread.steps
+            if steps > before:
+                metrics.steps.inc(steps - before)
+            metrics.batch.set(self.thread.active)
+            metrics.queue.set(len(self.engine.waiting))
+            await asyncio.sleep(REPORT_S)
 
     def _build(self) -> Engine:
         replica = self.settings.replica

@@ -132,6 +132,7 @@ def start(settings: AppSettings, num_models: int) -> None:
         if settings.cluster is not None or os.environ.get("RAY_ADDRESS"):
             ray.init(address=settings.cluster or "auto", log_to_driver=verbose)
         else:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other program go first
             cpus = max(os.cpu_count() or 1, math.ceil(num_models * serve.replica.max_replicas
                                                       * serve.replica.num_cpus * 2) + 1)
             ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=verbose, logging_level="ERROR",

@@ -305,3 +305,49 @@ def test_a_model_that_fails_leaves_the_server_alone(tmp_path: Path) -> None:
             assert response.status_code == 500 and "secret" not in response.text
             error_of(response)
         assert post(client, 0.2).status_code == 200 and model.thread.failures == 0
+
+
+class Writer(Toy):
+    """A model that hears and writes."""
+
+    @property
+    def card(self) -> Any:
+        class Method:
+            async def remote(self) -> Card:
+                return replace(CARD, modality="text", takes=("text", "audio"), options=("temperature",),
+                               sample_rate_hz=0)
+
+        return Method()
+
+    def remote(self, ask: Any) -> Any:
+        async def said() -> Any:
+            yield Part("two ", False, checkpoint="f")
+            yield Part("words", True, checkpoint="f", heard_s=1.5 if ask.audio else 0.0)
+
+        class Call:
+            def __init__(self) -> None:
+                self.parts = said()
+
+            async def __anext__(self) -> Any:
+                return await anext(self.parts)
+
+            def cancel(self) -> None:
+                pass
+
+        return Call()
+
+
+def test_models_that_write_answer_the_routes_of_text(tmp_path: Path) -> None:
+    with server({"toy": Writer()}, serve(tmp_path)) as client:
+        assert client.get("/v1/models/toy").json()["routes"] == ["/v1/completions", "/v1/audio/transcriptions"]
+        made = client.post("/v1/completions", json={"model": "toy", "prompt": "a", "temperature": 0.5})
+        assert made.json()["choices"][0]["text"] == "two words" and made.headers["x-avray-seed"]
+        assert error_of(client.post("/v1/completions", json={"model": "toy", "prompt": "a", "stream": True}))
+
+        def heard(**fields: Any) -> Any:
+            return client.post("/v1/audio/transcriptions", data={"model": "toy", **fields}, files={"file": b"x"})
+
+        assert heard().json() == {"text": "two words"} and heard(response_format="text").text == "two words"
+        assert heard(response_format="verbose_json").json()["duration"] == 1.5
+        assert error_of(heard(response_format="srt"))["param"] == "response_format"
+        assert error_of(post(client))["code"] == "wrong_model"

@@ -14,10 +14,10 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from pydantic import ValidationError
 
 import avray
@@ -29,17 +29,19 @@ from avray.serving.generation import Generation, StreamedSound, Work
 from avray.serving.guard import Guard
 from avray.serving.job_routes import add_job_routes, job_object
 from avray.serving.jobs import Job
-from avray.serving.messages import Card
+from avray.serving.messages import Card, Part
 from avray.serving.metrics import Metrics
 from avray.serving.refusals import ApiError
-from avray.serving.schema import Sound, Speech, ask, check, described
+from avray.serving.schema import Completion, Sound, Speech, Transcription, ask, check, described
 from avray.serving.sound import MEDIA_TYPES, rate_of
 from avray.serving.worker import Worker, digest_of
 from avray.settings.serve import ServeSettings
 
 WEB = Path(__file__).parent / "web"
 GENERATE, SPEECH, CONTINUATIONS = (f"/v1/audio/{name}" for name in ("generate", "speech", "continuations"))
-ABSENT = ("/v1/audio/transcriptions", "/v1/completions", "/v1/embeddings", "/v1/media/embeddings", "/v1/videos",
+COMPLETIONS, TRANSCRIPTIONS = "/v1/completions", "/v1/audio/transcriptions"
+Body = TypeVar("Body", bound=Sound)
+ABSENT = ("/v1/embeddings", "/v1/media/embeddings", "/v1/videos",
           "/v1/videos/sync")
 """Of the interface, and of no family yet."""
 BODIES = {GENERATE: Sound, SPEECH: Speech, CONTINUATIONS: Sound}
@@ -78,6 +80,7 @@ class Gateway:
         refusals.install(app)
         self._system_routes(app)
         self._sound_routes(app)
+        self._text_routes(app)
         self._absent_routes(app)
         add_job_routes(app, self.worker)
         return app
@@ -119,14 +122,44 @@ class Gateway:
 
         @app.post(CONTINUATIONS, responses=SOUND, openapi_extra=multipart(Sound))
         async def continuations(request: Request) -> Response:
-            form = await read_form(request, self.serve.limits)
-            try:
-                body = Sound.model_validate(form.fields)
-            except ValidationError as error:
-                raise refusals.from_validation(error.errors()) from None
-            if form.file is None:
-                raise ApiError(400, "file is missing: send the recording to continue.", "file", "missing_field")
-            return await self._sound(body, request, CONTINUATIONS, form.file)
+            body, file = await self._form(request, Sound)
+            return await self._sound(body, request, CONTINUATIONS, file)
+
+    def _text_routes(self, app: FastAPI) -> None:
+        @app.post(COMPLETIONS)
+        async def completions(body: Completion, request: Request) -> Response:
+            said, last, headers = await self._text(body, request, COMPLETIONS)
+            choice = {"index": 0, "text": said, "logprobs": None, "finish_reason": "stop"}
+            return JSONResponse({"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion",
+                                 "created": int(time.time()), "model": body.model, "choices": [choice]},
+                                headers=headers)
+
+        @app.post(TRANSCRIPTIONS, openapi_extra=multipart(Transcription))
+        async def transcriptions(request: Request) -> Response:
+            body, file = await self._form(request, Transcription)
+            said, last, headers = await self._text(body, request, TRANSCRIPTIONS, file)
+            if body.response_format == "text":
+                return PlainTextResponse(said, headers=headers)
+            more = {"task": "transcribe", "language": "unknown", "duration": last.heard_s, "segments": []}
+            return JSONResponse({"text": said} | (more if body.response_format == "verbose_json" else {}),
+                                headers=headers)
+
+    async def _form(self, request: Request, fields: type[Body]) -> tuple[Body, bytes]:
+        form = await read_form(request, self.serve.limits)
+        try:
+            body = fields.model_validate(form.fields)
+        except ValidationError as error:
+            raise refusals.from_validation(error.errors()) from None
+        if form.file is None:
+            raise ApiError(400, "file is missing: send the recording.", "file", "missing_field")
+        return body, form.file
+
+    async def _text(self, body: Completion, request: Request, route: str,
+                    audio: bytes | None = None) -> tuple[str, Part, dict[str, str]]:
+        work = self._work(body, route, audio)
+        request.scope["avray"]["log"] |= {"model": work.card.name, "seed": work.ask.seed}
+        said, last = await self.generation.text(work)
+        return said, last, {**work.headers, "x-avray-checkpoint": last.checkpoint}
 
     def _absent_routes(self, app: FastAPI) -> None:
         async def absent(request: Request) -> Response:

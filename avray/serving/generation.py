@@ -73,7 +73,7 @@ class Generation:
                 if first:
                     self.metrics.first.observe(time.monotonic() - begun, tags=tags)
                     first = False
-                num_samples += len(part.data) // max(1, 2 * part.channels)
+                num_samples += len(part.data) // (2 * part.channels) if part.channels else 0
                 yield part
         seconds = time.monotonic() - begun
         self.metrics.whole.observe(seconds, tags=tags)
@@ -121,6 +121,17 @@ class Generation:
         if len(joined) < _LARGE_BYTES and work.format in ("wav", "pcm"):
             return encoded(work, last, joined), last
         return await asyncio.to_thread(encoded, work, last, joined), last
+
+    async def text(self, work: Work) -> tuple[str, Part]:
+        """What a model of text says, and the last Part."""
+        parts, said = self.parts(work), ""
+        try:
+            async for part in parts:
+                assert isinstance(part.data, str)
+                said, last = said + part.data, part
+        finally:
+            await parts.aclose()  # type: ignore[attr-defined]
+        return said, last
 
     async def stream(self, work: Work, parts: AsyncIterator[Part], first: Part) -> AsyncIterator[bytes]:
         """The file's bytes as the Parts come; never empty ones."""

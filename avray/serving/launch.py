@@ -19,6 +19,8 @@ ENVIRONMENT = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_I
                "RAY_SERVE_ENABLE_HA_PROXY": "0"}
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+if (Path.home() / ".ray" / "auth_token").exists():  # Ray itself takes it for cluster=auto, not for an address
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray  # noqa: E402
 import ray.serve  # noqa: E402

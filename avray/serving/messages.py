@@ -35,6 +35,8 @@ class Part:
     channels: int = 0
     checkpoint: str = ""
     """Of the replica that made it, which an update may just be replacing."""
+    heard_s: float = 0.0
+    """Of the recording sent along."""
 
 
 @dataclass(frozen=True)

@@ -119,13 +119,13 @@ class Model:
                 return
             enough = num_held > 0 and (first or num_held >= PART_S * rate)
             if last.done or (in_parts and enough):
-                yield self._part(held, last.done)
+                yield self._part(held, last.done, stream.request.audio)
                 held, num_held, first = [], 0, False
 
-    def _part(self, held: list[Any], done: bool) -> Part:
+    def _part(self, held: list[Any], done: bool, heard: Audio | None) -> Part:
         rate = self.engine.renderer.sample_rate_hz
         if not rate:
-            return Part("".join(held), done, checkpoint=self._card.checkpoint)
+            return Part("".join(held), done, checkpoint=self._card.checkpoint, heard_s=heard.seconds if heard else 0.0)
         channels = held[0].shape[0] if held else 1
         return Part(b"".join(map(samples16, held)), done, rate, channels, self._card.checkpoint)
 

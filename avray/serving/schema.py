@@ -79,6 +79,22 @@ class Speech(Sound):
         return self.stream is not False
 
 
+class Completion(Sound):
+    """``/v1/completions``: text from text, whole."""
+
+    response_format: Literal["json"] = "json"  # type: ignore[assignment]
+    n: Literal[1] = 1
+    echo: Literal[False] = False
+    stream: Literal[False] | None = None  # type: ignore[assignment]
+    stream_format: None = None  # type: ignore[assignment]
+
+
+class Transcription(Completion):
+    """The fields beside the file of ``/v1/audio/transcriptions``."""
+
+    response_format: Literal["json", "text", "verbose_json"] = "json"  # type: ignore[assignment]
+
+
 def check(body: Sound, card: Card, limits: LimitSettings, route: str) -> None:
     """ApiError for what this server or this model does not take."""
     if route not in card.routes:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ ENVIRONMENT = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_I
                "RAY_SERVE_ENABLE_HA_PROXY": "0"}
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
-if (Path.home() / ".ray" / "auth_token").exists():  # Ray itself takes it for cluster=auto, not for an address
+# Ray takes the user's token for cluster=auto, but not for an address. It reads the mode once, when it is imported: set
+# later, a Ray started here would ask for a token that this process does not send.
+if "ray" not in sys.modules and (Path.home() / ".ray" / "auth_token").exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray  # noqa: E402

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 
@@ -51,11 +52,11 @@ def test_prepare_killed_halfway_computes_only_what_is_missing(tmp_path):
     while len(commits()) < 30:
         assert killed.poll() is None, killed.communicate()[0]
         time.sleep(0.05)
+    actors = psutil.Process(killed.pid).children(recursive=True)
     killed.send_signal(signal.SIGKILL)
+    assert not psutil.wait_procs(actors, timeout=120)[1], "they end a moment after it, and may finish a shard before"
     killed.communicate()
     kept = commits()
-    while (now := commits()) != kept or time.sleep(3):  # its actors end a moment after it
-        kept = now
     said = re.search(r"in (\d+) shards .*\((\d+) computed now, 0 rejected\)", result(command("prepare.py", *given,
                                                                                           cwd=tmp_path)))
     shards, computed = map(int, said.groups())

@@ -117,14 +117,18 @@ def test_error_types(client: openai.OpenAI, site: Any) -> None:
 
 def test_a_client_that_leaves_stops_the_work(client: openai.OpenAI, site: Any) -> None:
     load = handle("speech").load
-    response = post(site, seconds=60, stream=True)
+    before = load.remote().result()["steps"]  # a new handle takes seconds, this model less
+    post(site, seconds=1)
+    until(lambda: load.remote().result()["active"] == 0)
+    between = load.remote().result()["steps"]
+    response = post(site, seconds=120, stream=True)
     next(response.iter_content(1000))
-    assert load.remote().result()["active"] == 1
     response.close()
     until(lambda: load.remote().result()["active"] == 0, 10)
-    before = load.remote().result()["steps"]
+    stopped = load.remote().result()["steps"]
     time.sleep(0.3)
-    assert load.remote().result()["steps"] == before
+    assert load.remote().result()["steps"] == stopped
+    assert between < stopped < between + 120 * (between - before)
 
 
 def test_models_come_and_go_and_the_others_go_on(client: openai.OpenAI, site: Any) -> None:

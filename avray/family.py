@@ -300,6 +300,14 @@ class Judged(Protocol):
 
 
 @runtime_checkable
+class Choosy(Protocol):
+    """What a family may add: rows that it cannot learn from are rejected before the split, with a reason."""
+
+    def refusal(self, row: Row) -> str | None:
+        """Why a manifest row cannot be used; None for one that can."""
+
+
+@runtime_checkable
 class Family(Protocol):
     """See the module's docstring for the order of calls. Rows handed to ``fit`` and ``collate`` are an example's
     fields plus ``"<role>.<column>"`` arrays ``[time, *shape]``, ``id`` and ``weight`` (0 for padding and for rows

@@ -10,9 +10,8 @@ def main(settings: PrepareSettings) -> str:
     from avray.data.prepare import check, prepare_all
     from avray.registry import family_from_settings
 
-    if settings.dry_run:
-        return check(settings)
-    return prepare_all(settings, family_from_settings(settings.family))
+    family = family_from_settings(settings.family)
+    return check(settings, family) if settings.dry_run else prepare_all(settings, family)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from avray.config import DataSettings, from_mapping
-from avray.data.manifest import Manifest, load_manifest
+from avray.data.manifest import Manifest, Reject, load_manifest
 from avray.data.plan import Plan, plan_split
 from avray.data.splits import SplitChoice, assign_splits, choose_split
 from avray.data.store import Store
 from avray.errors import DataError
-from avray.family import Family, Row
+from avray.family import Choosy, Family, Row
 from avray.media import Limits
 
 
@@ -45,12 +45,16 @@ def data_path(data: DataSettings) -> str:
     return str(ensure_demo(folder, minutes=data.demo_minutes, seed=0).folder / "audio")
 
 
-def read_rows(data: DataSettings, segment_s: float = 2.0) -> Dataset:
-    """Rows read, probed and split; a held-out span has room for two segments. DataError where there are none."""
+def read_rows(data: DataSettings, segment_s: float = 2.0, family: Family | None = None) -> Dataset:
+    """Rows read, probed and split; a held-out span has room for two segments. A row that the family cannot use is
+    rejected. DataError where there are none."""
     limits = read_limits(data)
     path = data_path(data)
     manifest = load_manifest(path, texts=data.texts, format=data.format, allowed_roots=data.allowed_roots,
-                             limits=limits, max_samples=data.max_samples, memo_path=memo_path(data))
+                             limits=limits, max_samples=data.max_samples, memo_path=memo_path(data),
+                             group_by=data.group_by)
+    if isinstance(family, Choosy):
+        refuse(manifest, family)
     if not manifest.rows:
         rejects = manifest.rejects
         reason = f"; the first of {len(rejects)} rejects: {rejects[0].reason}" if rejects else ""
@@ -63,12 +67,20 @@ def read_rows(data: DataSettings, segment_s: float = 2.0) -> Dataset:
     return Dataset(manifest, rows, limits, choice)
 
 
+def refuse(manifest: Manifest, family: Choosy) -> None:
+    """Rows that a family has no use for become rejects."""
+    reasons = [(row, family.refusal(row)) for row in manifest.rows]
+    manifest.rows = [row for row, reason in reasons if reason is None]
+    manifest.rejects += [Reject(row["id"], row.get("manifest_line", 0), reason)
+                         for row, reason in reasons if reason is not None]
+
+
 def open_dataset(family: Family, data: DataSettings, rejects_path: Path | None = None) -> Dataset:
     """The data set with a plan of each split that has rows.
 
     Writes ``rejects.jsonl`` where asked; DataError when more than ``data.max_reject_fraction`` of the rows are bad.
     """
-    dataset = read_rows(data, family.segment_s)
+    dataset = read_rows(data, family.segment_s, family)
     if rejects_path is not None:
         dataset.manifest.write_rejects(rejects_path)
     dataset.manifest.enforce(data.max_reject_fraction, rejects_path)

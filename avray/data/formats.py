@@ -6,24 +6,22 @@ is not, or does not parse, is a row with a reason instead of fields, so that eve
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
-import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import replace
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avray.data.fields import ALIASES, AUDIO_SUFFIXES, VIDEO_SUFFIXES, Unusable
-from avray.data.store import Store
+from avray.data.fields import ALIASES, AUDIO_SUFFIXES, VIDEO_SUFFIXES
+from avray.data.folders import read_folder, read_timed
+from avray.data.sources import RawRow, Source, decode, lines
+from avray.data.transcripts import TIMED_SUFFIXES
 from avray.errors import DataError
 
 _KNOWN = {alias for aliases in ALIASES.values() for alias in aliases}
@@ -32,35 +30,6 @@ _PAIR = re.compile(r"(?P<stem>(.*/)?pair_\d+)_(?P<side>input|output)\.\w+", re.I
 _DIGIT = re.compile(r"(.*/)?(?P<digit>\d)_(?P<speaker>[a-z]+)_(?P<take>\d+)\.wav")
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _MAX_ROW_GROUP_BYTES = 2**32
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """Fields as they stand in line ``line`` of ``source`` (0: the file itself), or the reason there are none."""
-
-    source: str
-    line: int = 0
-    fields: dict[str, Any] = field(default_factory=dict)
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A folder, and the files in it that were named or found; ``texts`` is a second folder of transcripts."""
-
-    store: Store
-    names: tuple[str, ...] = ()
-    texts: Store | None = None
-
-    @cached_property
-    def files(self) -> list[str]:
-        """All files below the folder, relative and sorted; none that is hidden."""
-        names = self.store.list("")
-        return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
-
-    @cached_property
-    def media(self) -> list[str]:
-        return [name for name in self.files if name.lower().endswith(AUDIO_SUFFIXES + VIDEO_SUFFIXES)]
 
 
 def detect(source: Source) -> tuple[str, Source]:
@@ -97,10 +66,10 @@ def forced(source: Source, form: str) -> Source:
     if form not in FORMATS:
         raise ValueError(f"data.format is {form!r}; it is one of auto, {', '.join(FORMATS)}.")
     suffixes = {"jsonl": (".jsonl", ".json"), "csv": (".csv", ".tsv"), "ljspeech": (".csv",), "parquet": (".parquet",),
-                "librispeech": (".trans.txt",), "text": (".txt",)}.get(form)
+                "librispeech": (".trans.txt",), "text": (".txt",), "timed": TIMED_SUFFIXES}.get(form)
     if source.names or not suffixes:
         return source
-    return Source(source.store, tuple(name for name in source.files if name.endswith(suffixes)), source.texts)
+    return replace(source, names=tuple(name for name in source.files if name.lower().endswith(suffixes)))
 
 
 def _form_of(source: Source, name: str) -> str:
@@ -111,6 +80,8 @@ def _form_of(source: Source, name: str) -> str:
     by_suffix = {".jsonl": "jsonl", ".json": "jsonl", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
     if suffix in by_suffix:
         return by_suffix[suffix]
+    if suffix in TIMED_SUFFIXES:
+        return "timed"
     if suffix in AUDIO_SUFFIXES + VIDEO_SUFFIXES:
         return "folder"
     raise DataError(f"{source.store.path(name)} is no form of data that avray reads; set data.format to one of "
@@ -119,31 +90,13 @@ def _form_of(source: Source, name: str) -> str:
 
 # Text ------------------------------------------------------------------------------------------------------------
 
-def decode(content: bytes) -> tuple[str, bool]:
-    """Text, and whether every byte of it made sense; those that did not become U+FFFD."""
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        return content.decode(encoding), True
-    except UnicodeDecodeError:
-        return content.decode(encoding, "replace"), False
-
-
-def _lines(source: Source, name: str) -> Iterator[tuple[int, str | None]]:
-    """Numbered lines that are not blank; None for one that is not text. Only newlines end a line: U+2028 may stand in
-    JSON."""
-    text, sound = decode(source.store.read(name))
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, None if not sound and "\ufffd" in line else line.rstrip("\r")
-
-
 def _head(source: Source, name: str) -> str:
-    return next((line or "" for _, line in _lines(source, name)), "")
+    return next((line or "" for _, line in lines(source, name)), "")
 
 
 def read_jsonl(source: Source) -> Iterator[RawRow]:
     for name in source.names:
-        for number, line in _lines(source, name):
+        for number, line in lines(source, name):
             yield _parse_json(name, number, line)
 
 
@@ -162,7 +115,7 @@ def _parse_json(name: str, number: int, line: str | None) -> RawRow:
 def read_text(source: Source) -> Iterator[RawRow]:
     """One example per line."""
     for name in source.names:
-        for number, line in _lines(source, name):
+        for number, line in lines(source, name):
             yield RawRow(name, number, {"text": line} if line else {}, "" if line else "the line is not valid UTF-8")
 
 
@@ -210,7 +163,7 @@ def read_ljspeech(source: Source) -> Iterator[RawRow]:
     """``id|raw text|normalised text``, the recordings in ``wavs/`` or beside the table."""
     recordings = {posixpath.splitext(media.removeprefix("wavs/"))[0]: media for media in source.media}
     for name in source.names:
-        for number, line in _lines(source, name):
+        for number, line in lines(source, name):
             values = [value.strip() for value in (line or "").split("|")]
             if line is None or len(values) not in (2, 3) or not values[0]:
                 reason = "the line is not id|text or id|text|normalised text in UTF-8"
@@ -259,66 +212,7 @@ def _check_parquet(path: str, table: pq.ParquetFile) -> None:
         raise DataError(f"{path} has a row group of over {_MAX_ROW_GROUP_BYTES:,} bytes; write it in smaller ones.")
 
 
-# Folders ---------------------------------------------------------------------------------------------------------
-
-@dataclass
-class _Texts:
-    """The ``.txt`` files that go with recordings: beside them, in ``texts/``, or in a second folder. In a folder of
-    their own they are found by their bare name too, where only one has it, and one that is left over is a fault."""
-
-    store: Store
-    folder: str
-    stems: dict[str, str]
-    unused: set[str]
-
-    @classmethod
-    def of(cls, source: Source) -> _Texts:
-        store = source.texts or source.store
-        files = source.files if source.texts is None else sorted(store.list(""))
-        folder = "texts/" if source.texts is None and any(name.startswith("texts/") for name in files) else ""
-        names = [name for name in files if name.startswith(folder) and name.endswith(".txt")]
-        apart = bool(source.texts or folder) and not source.names
-        return cls(store, folder, {name[len(folder):-4]: name for name in names}, set(names) if apart else set())
-
-    @cached_property
-    def bare(self) -> dict[str, str | None]:
-        """Bare name → file, or None where several have it."""
-        names: dict[str, str | None] = {}
-        for stem, name in self.stems.items():
-            names[posixpath.basename(stem)] = None if posixpath.basename(stem) in names else name
-        return names if self.unused or self.folder else {}
-
-    def find(self, stem: str) -> str | None:
-        name = self.stems.get(stem) or self.bare.get(posixpath.basename(stem))
-        self.unused.discard(name or "")
-        return name
-
-    def read(self, name: str) -> str:
-        """Unusable for a file that is not text, or that a link leads out to."""
-        root = os.path.realpath(self.store.root)
-        if self.store.is_local and not os.path.realpath(self.store.path(name)).startswith(root + os.sep):
-            raise Unusable(f"its text {name} lies outside the data set")
-        text, sound = decode(self.store.read(name))
-        if not sound:
-            raise Unusable(f"its text {name} is not valid UTF-8 or UTF-16")
-        return text.strip()
-
-
-def read_folder(source: Source) -> Iterator[RawRow]:
-    """Recordings, each with the ``.txt`` of its name if there is one."""
-    texts = _Texts.of(source)
-    for name in source.names or source.media:
-        fields: dict[str, Any] = {"video" if name.lower().endswith(VIDEO_SUFFIXES) else "audio": name}
-        reason = ""
-        if text := texts.find(posixpath.splitext(name)[0]):
-            try:
-                fields["text"] = texts.read(text)
-            except Unusable as error:
-                reason = str(error)
-        yield RawRow(name, 0, fields, reason)
-    for name in sorted(texts.unused):
-        yield RawRow(name, reason="no recording has the name of this text")
-
+# Named layouts -------------------------------------------------------------------------------------------------------
 
 def read_librispeech(source: Source) -> Iterator[RawRow]:
     """``<speaker>-<chapter>.trans.txt`` with lines ``<id> <TEXT>``, the recordings beside it. A recording that no
@@ -327,7 +221,7 @@ def read_librispeech(source: Source) -> Iterator[RawRow]:
     recordings = {posixpath.splitext(name)[0]: name for name in whole.media}
     for name in source.names:
         folder = posixpath.dirname(name)
-        for number, line in _lines(source, name):
+        for number, line in lines(source, name):
             if line is None:
                 yield RawRow(name, number, reason="the line is not valid UTF-8")
                 continue
@@ -369,7 +263,7 @@ def read_joined(source: Source) -> Iterator[RawRow]:
     time, is rejected."""
     sides: dict[str, dict[str, RawRow]] = {"content.jsonl": {}, "audio.jsonl": {}}
     for name, rows in sides.items():
-        for number, line in _lines(source, name):
+        for number, line in lines(source, name):
             row = _parse_json(name, number, line)
             key = row.fields.get("audio_id")
             if row.reason or not isinstance(key, str | int):
@@ -392,5 +286,5 @@ def read_joined(source: Source) -> Iterator[RawRow]:
 FORMATS: dict[str, Callable[[Source], Iterator[RawRow]]] = {
     "folder": read_folder, "jsonl": read_jsonl, "csv": read_csv, "ljspeech": read_ljspeech,
     "librispeech": read_librispeech, "pairs": read_pairs, "joined": read_joined, "parquet": read_parquet,
-    "text": read_text, "digits": read_digits,
+    "text": read_text, "digits": read_digits, "timed": read_timed,
 }

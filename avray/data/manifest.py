@@ -13,15 +13,17 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import fsspec
 
 from avray.data.fields import MEDIA_FIELDS, Roots, Unusable, normalise
-from avray.data.formats import FORMATS, RawRow, Source, detect, forced
+from avray.data.formats import FORMATS, detect, forced
 from avray.data.probing import MediaFile, Probed, probe_all
+from avray.data.sources import GroupBy, RawRow, Source
 from avray.data.store import Store
+from avray.data.transcripts import TIMED_SUFFIXES
 from avray.errors import DataError
 from avray.family import Row
 from avray.media import AudioInfo, Limits, is_url
@@ -90,24 +92,25 @@ def where(reject: Reject) -> str:
 def load_manifest(
     path: str | os.PathLike[str], *, texts: str | None = None, format: str = "auto",
     allowed_roots: Sequence[str] = (), limits: Limits | None = None, max_samples: int | None = None,
-    memo_path: str | None = None, num_threads: int = 8,
+    memo_path: str | None = None, num_threads: int = 8, group_by: GroupBy = "talk",
 ) -> Manifest:
     """Read a data set in any of the forms of ``formats.FORMATS``, as it is.
 
     Args:
         path: a folder, a manifest, one recording, or a URL of one of these.
-        texts: a second folder of ``.txt`` files with the recordings' names.
+        texts: a second folder of ``.txt`` files or transcripts with the recordings' names, or one transcript of them.
         format: which form it is; ``auto`` looks.
         allowed_roots: folders or URLs, other than the manifest's own folder, that its paths may lead into.
         limits: bounds on each media file.
         max_samples: rows to take, the first in order; the others are not looked at.
         memo_path: a JSON file that remembers headers and hashes.
+        group_by: what rows of a transcript with times are grouped by: the whole recording, or who speaks.
 
     Raises:
         DataError: there is nothing to read, or a table cannot be read at all.
         ValueError: ``format`` does not exist.
     """
-    source = _locate(os.fspath(path), texts)
+    source = replace(_locate(os.fspath(path), texts), group_by=group_by)
     format, source = detect(source) if format == "auto" else (format, forced(source, format))
     manifest = Manifest(os.fspath(path), format)
     roots = Roots.of(source.store.root, tuple(allowed_roots))
@@ -131,6 +134,11 @@ def load_manifest(
 
 
 def _locate(path: str, texts: str | None) -> Source:
+    if texts and texts.lower().endswith(TIMED_SUFFIXES):
+        folder, name = posixpath.split(texts if is_url(texts) else os.path.abspath(texts))
+        if not Store(folder).exists(name):
+            raise DataError(f"{texts} does not exist; set data.texts to a transcript or a folder of texts.")
+        return replace(_locate(path, None), texts=Store(folder), text_names=(name,))
     text_store = Store(texts if is_url(texts) else os.path.abspath(texts)) if texts else None
     path = path.rstrip("/") if is_url(path) else os.path.abspath(path)
     fs, inner = fsspec.core.url_to_fs(path)

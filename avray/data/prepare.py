@@ -89,9 +89,9 @@ def prepare_all(settings: PrepareSettings, family: Family) -> str:
             f"{len(lost)} rejected) · {run_dir}/summary.json")
 
 
-def check(settings: PrepareSettings) -> str:
-    """Print what the data set holds; encode nothing."""
-    dataset = read_rows(settings.data, settings.family.get("segment_s", 2.0))
+def check(settings: PrepareSettings, family: Family | None = None) -> str:
+    """Print what the data set holds, and what of it a family cannot use; encode nothing."""
+    dataset = read_rows(settings.data, settings.family.get("segment_s", 2.0), family)
     run_dir = Path(settings.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     described = describe(dataset.manifest, dataset.rows, dataset.choice)

@@ -84,7 +84,8 @@ def choose_split(
     guard_s: float = 2.0, span_s: float = 4.0, holdout_groups: Sequence[str] = (),
 ) -> SplitChoice:
     """How ``assign_splits`` splits these rows. ``auto`` is by group, unless there are fewer than five, one of them with
-    a recording long enough to cut, and none with a text (it says what a whole recording holds, not what a piece does).
+    a recording long enough to cut, and none with a text that has no times (it says what a whole recording holds, not
+    what a piece does).
     """
     sides = _given_sides(rows, holdout_groups)
     free = [row for row in rows if "split" not in row and row["group"] not in sides]
@@ -104,7 +105,7 @@ def choose_split(
         return SplitChoice("group", f"{num_groups} groups")
     if not can_cut:
         return SplitChoice("group", f"{num_groups} groups, no recording long enough to cut")
-    if any(row.get("text") for row in free):
+    if any(row.get("text") and "turn" not in row for row in free):
         return SplitChoice("group", f"{num_groups} groups, whose recordings carry texts and so stay whole")
     return SplitChoice("span", f"only {num_groups} groups, and recordings of up to {max(seconds):.0f} s")
 
@@ -203,7 +204,8 @@ def cut(low_s: float, high_s: float, *, validation_fraction: float, guard_s: flo
 
 
 def _parts(row: Row, pieces: Sequence[Piece]) -> list[Row]:
-    """The parts of a row that lie in pieces, each a row of its own; what lies in a guard is dropped."""
+    """The parts of a row that lie in pieces, each a row of its own; what lies in a guard is dropped, and so is an
+    utterance on an edge, whose text says more than a part of it does. Turns end where pieces do."""
     parts: list[Row] = []
     row_stop_s = row["start_s"] + row["duration_s"]
     for piece in pieces:
@@ -211,7 +213,10 @@ def _parts(row: Row, pieces: Sequence[Piece]) -> list[Row]:
         if piece.split == "guard" or stop_s <= start_s:
             continue
         if (start_s, stop_s) == (row["start_s"], row_stop_s):
-            return [{**row, "split": piece.split}]
+            turn = {"turn": f"{row['turn']}@{piece.start_s:.3f}"} if "turn" in row else {}
+            return [{**row, **turn, "split": piece.split}]
+        if "turn" in row:
+            continue
         parts.append({**row, "id": f"{row['id']}@{start_s:.3f}-{stop_s:.3f}", "start_s": start_s,
                       "duration_s": stop_s - start_s, "split": piece.split})
     return parts

@@ -28,12 +28,15 @@ from avray.encoders.tokens import BYTES, Tokens, open_tokens, read_tokens
 from avray.errors import MissingDependency
 from avray.families.audio_gpt2_model import Adapt, Listen, Listener, ListenerConfig, Stem
 from avray.families.audio_gpt2_sampler import Generation, TextRenderer, TextSampler
+from avray.families.audio_gpt2_windows import spans_of, windows
 from avray.family import Batch, Column, Example, Fitted, Metric, Options, Prompt, Question, Request, Row, Unit
 from avray.metrics.text import Bleu, RougeL, TextErrorRate
 from avray.nn.augment import Augment
 from avray.progress import no_weight_bars
 
 AUDIO, FEATURES = "audio", "features"
+MIN_S = 0.1
+"""Sound shorter than this holds no word; a stem of stride 2 and encoders of 20 ms a frame would see a frame or two."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +103,44 @@ class AudioGPT2:
     # Data
 
     def segment(self, rows: Sequence[Row]) -> list[Example]:
-        """A row with sound and text is one example; a longer one than ``segment_s`` is none, for its text belongs to
-        all of it."""
-        examples = []
+        """A row with sound and text is one example; utterances of one turn, and their words where they have times,
+        are joined to windows of up to ``segment_s``."""
+        examples: dict[str, Example] = {}
+        turns: dict[str, list[Row]] = {}
         for row in rows:
-            text = str(row.get("text") or "").strip()
-            if not row.get("audio") or not text or row["duration_s"] > self.segment_s + 1e-6:
+            if self.refusal(row) is not None:
+                continue
+            if "turn" in row:
+                turns.setdefault(str(row["turn"]), []).append(row)
                 continue
             unit = Unit(row["audio"], "audio", row.get("start_s") or 0.0, row["duration_s"])
-            examples.append(Example(str(row["id"]), {AUDIO: unit}, {"text": text}, row.get("weight", 1.0)))
-        return examples
+            text = str(row["text"]).strip()
+            examples[str(row["id"])] = Example(str(row["id"]), {AUDIO: unit}, {"text": text}, row.get("weight", 1.0))
+        for said in turns.values():
+            first, spans = said[0], [span for row in said for span in spans_of(row)]
+            spans.sort(key=lambda span: (span.start_s, span.stop_s))
+            for window in windows(spans, self.segment_s, self.overlap_s):
+                unit = Unit(first["audio"], "audio", window.start_s, window.stop_s - window.start_s)
+                if unit.duration_s < MIN_S:
+                    continue
+                stem = str(first["id"]).rpartition("@")[0] or str(first["id"])
+                name = f"{stem}@{window.start_s:.3f}-{window.stop_s:.3f}"
+                name += f"#{first['turn']}" if name in examples else ""
+                examples[name] = Example(name, {AUDIO: unit}, {"text": window.text}, first.get("weight", 1.0))
+        return sorted(examples.values(), key=lambda example: example.units[AUDIO].start_s)
+
+    def refusal(self, row: Row) -> str | None:
+        """Sound and its words are needed both, at a length that is one window or can be cut to some."""
+        if not row.get("audio"):
+            return "it has no sound to go with its text"
+        if not str(row.get("text") or "").strip():
+            return "it has no text to go with its sound, or an empty one"
+        if row["duration_s"] < MIN_S:
+            return f"its {row['duration_s']:.3f} s are too short to be heard: {MIN_S:g} s are the least"
+        if row["duration_s"] > self.segment_s + 1e-6 and not row.get("word_times"):
+            return (f"its {row['duration_s']:.1f} s are longer than family.segment_s = {self.segment_s:g} and its text "
+                    "does not say when each word comes: give a transcript with times, or shorter recordings")
+        return None
 
     def columns(self, fitted: Fitted | None) -> list[Column]:
         return [Column(FEATURES, self._features)]
@@ -190,7 +221,8 @@ class AudioGPT2:
         ids = tokens.encode(str(row.get("text") or ""))
         if len(ids) >= self.context:
             raise ValueError(f"The text of {row.get('id', 'the request')} has {len(ids)} tokens, and family.context = "
-                             f"{self.context} holds one less: shorten it, or train with more.")
+                             f"{self.context} holds one less: shorten it (a window's: lower family.segment_s), or "
+                             "train with more.")
         return ids
 
     # Model

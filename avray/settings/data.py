@@ -22,9 +22,12 @@ class DataSettings:
     path: str | None = None
     """A folder, a JSONL, CSV or Parquet file, or a URL; null is the synthetic demo set."""
     texts: str | None = None
-    """A second folder whose ``.txt`` files carry the same stems as the recordings; null: beside them."""
+    """A second folder whose ``.txt`` files or transcripts with times carry the same stems as the recordings, or one
+    transcript that names them; null: beside them."""
     format: str = "auto"
     """How to read ``path``; ``auto`` looks at it. The names are those of avray.data.manifest."""
+    group_by: Literal["talk", "speaker"] = "talk"
+    """What utterances of transcripts with times are split by: whole recordings, or their speakers."""
     mode: Literal["stream", "prepared"] = "stream"
     """``stream`` encodes what the cache lacks while training; ``prepared`` refuses to, and reads the cache alone."""
     cache: str = field(default_factory=default_cache)

@@ -69,7 +69,7 @@ GENERATE = Command(
     "generate", GenerateSettings,
     "Generate from a checkpoint: one request, or one for each row of data.path.",
     ("checkpoint", "prompt", "audio", "output", "seconds", "seed", "include_prompt", "temperature", "top_k", "top_p",
-     "num_steps", "guidance_scale", "device", "slots", "data.path", "num_workers"),
+     "num_steps", "guidance_scale", "aligned_guidance_scale", "device", "slots", "data.path", "num_workers"),
     ("checkpoint=runs/x/best audio=in.wav seconds=8 output=out.wav",
      'checkpoint=runs/x/best prompt="a bell, then drums" temperature=0.8 seed=1',
      "checkpoint=runs/x/best data.path=prompts.jsonl output=folder/"),

@@ -193,6 +193,8 @@ class GenerateSettings(CommandSettings):
     """Draw among the likeliest that together reach this probability."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1: none."""
+    aligned_guidance_scale: float | None = None
+    """The same for what lies along the sound's time: notes, a recording."""
     num_steps: int | None = None
     """Solver steps of a flow."""
     beams: int | None = None

@@ -153,6 +153,10 @@ class Batch:
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
         return Batch(moved, self.counts, self.ids)
 
+    def rows(self, index: Tensor) -> Batch:
+        """Some of its rows; the counts are still the whole batch's."""
+        return Batch({name: tensor[index] for name, tensor in self.tensors.items()}, self.counts)
+
     def pin(self) -> Batch:
         return Batch({name: tensor.pin_memory() for name, tensor in self.tensors.items()}, self.counts, self.ids)
 
@@ -171,6 +175,7 @@ class Options:
     top_k: int | None = None
     top_p: float | None = None
     guidance_scale: float | None = None
+    aligned_guidance_scale: float | None = None
     num_steps: int | None = None
     beams: int | None = None
 

@@ -23,6 +23,7 @@ OWN = {
     "continuation": "avray.families.continuation:Continuation",
     "codec_lm": "avray.families.codec_lm:CodecLM",
     "audio_gpt2": "avray.families.audio_gpt2:AudioGPT2",
+    "instruct": "avray.families.instruct:Instruct",
 }
 _registered: dict[str, type] = {}
 

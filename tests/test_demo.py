@@ -92,6 +92,14 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_clips")
+def test_a_set_of_short_sounds_holds_two_songs(tmp_path: Path) -> None:
+    make_demo(tmp_path / "set", minutes=1, song_share=0.0)
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "set/audio/metadata.jsonl").read_text().splitlines()]
+    assert kinds.count("song") == 2 and len(kinds) > 10
+    assert demo.ensure_demo(tmp_path / "set", minutes=1, song_share=0.0).num_recordings == len(kinds)
+    assert demo.ensure_demo(tmp_path / "set", minutes=1).num_recordings < len(kinds), "of another share: made anew"
+
+
 def test_longer_set_begins_with_shorter(tmp_path: Path) -> None:
     short, long = make_demo(tmp_path / "short", 0.4), make_demo(tmp_path / "long", 0.8)
     assert short.seconds >= 24 and 48 <= long.seconds <= 48 + 30
@@ -368,8 +376,8 @@ def test_first_of_two_makers_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ready = make_demo(tmp_path / "ready", 0.3)
     build = demo._build
 
-    def build_while_another_finishes(folder: Path, minutes: float, seed: int) -> None:
-        build(folder, minutes, seed)
+    def build_while_another_finishes(folder: Path, minutes: float, seed: int, song_share: float) -> None:
+        build(folder, minutes, seed, song_share)
         shutil.copytree(ready.folder, tmp_path / "set")
         (tmp_path / "set" / "mine").write_text("still here")
 

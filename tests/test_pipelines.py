@@ -26,7 +26,9 @@ CODEC_LM = ["family=codec_lm", "family.segment_s=0.4", "family.num_layers=1", "f
 AUDIO_GPT2 = ["family=audio_gpt2", "family.segment_s=4", "family.overlap_s=1", "family.num_layers=1",
               "family.num_heads=2", "family.width=32", "family.stem_layers=1", "family.context=16",
               "family.augment.speed=0.1"]
-FAMILIES = {"continuation": CONTINUATION, "codec_lm": CODEC_LM, "audio_gpt2": AUDIO_GPT2}
+INSTRUCT = ["family=instruct", "family.network.width=16", "family.network.num_layers=2", "family.network.num_heads=2",
+            "family.text_layers=1", "family.text_heads=2", "family/adapter=prefix", "family.num_steps=2"]
+FAMILIES = {"continuation": CONTINUATION, "codec_lm": CODEC_LM, "audio_gpt2": AUDIO_GPT2, "instruct": INSTRUCT}
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +82,12 @@ def same(a, b):
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_verb(ray_session, tmp_path, wavs, spoken, family):
     """prepare → train → resume → evaluate → generate, from nothing."""
-    writes = family == "audio_gpt2"
+    writes, reads = family == "audio_gpt2", family == "instruct"
     made, prompts = "txt" if writes else "wav", wavs
-    wavs = spoken if writes else wavs
+    wavs = spoken if writes or reads else wavs
+    if reads:
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text("".join(f'{{"id": "tone{index}", "text": "low"}}\n' for index in range(12)))
     from avray.data.prepare import check, prepare_all
     from avray.evaluation.evaluate import evaluate
     from avray.generation.many import generate_many
@@ -125,7 +130,11 @@ def test_every_verb(ray_session, tmp_path, wavs, spoken, family):
     assert (tmp_path / "report" / "report.html").exists()
     assert writes or (tmp_path / "report" / "spectrograms.png").exists()
 
-    said = generate(compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"audio={prompts / 'tone3.wav'}",
+    if reads:
+        assert {"duration_within_10_percent", "pitch_error_cents"} <= set(report["metrics"])
+
+    said = generate(compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}",
+                                       "prompt=low" if reads else f"audio={prompts / 'tone3.wav'}",
                                        "max_tokens=5" if writes else "seconds=1",
                                        f"output={tmp_path / f'out.{made}'}"]))
     assert ("characters" if writes else "1.00 s at 24000 Hz") in said

@@ -38,11 +38,13 @@ def data_path(data: DataSettings) -> str:
     """``data.path``, or the demo set, made on first use."""
     if data.path is not None:
         return data.path
-    from avray.data.demo import ensure_demo
+    from avray.data.demo import SONG_SHARE, ensure_demo
 
     assert data.demo_dir is not None
-    folder = Path(data.demo_dir) / f"{data.demo_minutes:g}-minutes"  # one set a length: two runs may want two
-    return str(ensure_demo(folder, minutes=data.demo_minutes, seed=0).folder / "audio")
+    share = "" if data.demo_songs == SONG_SHARE else f"-{data.demo_songs:g}-songs"
+    folder = Path(data.demo_dir) / f"{data.demo_minutes:g}-minutes{share}"  # one set a kind: two runs may want two
+    made = ensure_demo(folder, minutes=data.demo_minutes, seed=0, song_share=data.demo_songs)
+    return str(made.folder / "audio")
 
 
 def read_rows(data: DataSettings, segment_s: float = 2.0, family: Family | None = None) -> Dataset:

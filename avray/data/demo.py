@@ -75,32 +75,36 @@ class Recording:
     row: dict[str, object]
 
 
-def make_demo(folder: str | os.PathLike[str], minutes: float = 4.0, seed: int = 0) -> DemoSummary:
+def make_demo(folder: str | os.PathLike[str], minutes: float = 4.0, seed: int = 0,
+              song_share: float = SONG_SHARE) -> DemoSummary:
     """Make the set in ``folder``, in place of a set that is there: built beside it, then renamed.
 
-    ``minutes`` is of sound, overshot by at most a recording. About 200 times faster than it plays on one core.
+    ``minutes`` is of sound, overshot by at most a recording; ``song_share`` of it are songs, two at least. About 200
+    times faster than it plays on one core.
 
     Raises:
         ValueError: minutes or seed out of range, or a folder that holds anything else than a demo set.
     """
     target = Path(folder).absolute()
     _check(target, minutes, seed)
-    return _replace(target, minutes, seed, keep_if_made_meanwhile=False)
+    return _replace(target, minutes, seed, song_share, keep_if_made_meanwhile=False)
 
 
-def ensure_demo(folder: str | os.PathLike[str], minutes: float = 4.0, seed: int = 0) -> DemoSummary:
+def ensure_demo(folder: str | os.PathLike[str], minutes: float = 4.0, seed: int = 0,
+                song_share: float = SONG_SHARE) -> DemoSummary:
     """The set in ``folder``: as it is where it is whole and has these settings, else made as by ``make_demo``."""
     target = Path(folder).absolute()
     _check(target, minutes, seed)
-    return _read_marker(target, minutes, seed) or _replace(target, minutes, seed, keep_if_made_meanwhile=True)
+    return (_read_marker(target, minutes, seed, song_share)
+            or _replace(target, minutes, seed, song_share, keep_if_made_meanwhile=True))
 
 
-def recordings(seed: int) -> Iterator[Recording]:
+def recordings(seed: int, song_share: float = SONG_SHARE) -> Iterator[Recording]:
     """All recordings there could be, songs and short sounds in proportion."""
     song_s = short_s = 0.0
     num_songs = num_shorts = 0
     while True:
-        if num_songs < MIN_SONGS or song_s <= SONG_SHARE * (song_s + short_s):
+        if num_songs < MIN_SONGS or song_s <= song_share * (song_s + short_s):
             made = song_recording(num_songs, seed)
             num_songs, song_s = num_songs + 1, song_s + len(made.samples) / SAMPLE_RATE_HZ
         else:
@@ -148,11 +152,11 @@ class Sounds:
     num_songs: int = 0
 
 
-def _write_audio(folder: Path, minutes: float, seed: int) -> Sounds:
+def _write_audio(folder: Path, minutes: float, seed: int, song_share: float) -> Sounds:
     (folder / "audio").mkdir()
     codec = Spectral().load("cpu")
     written = Sounds()
-    for made in recordings(seed):
+    for made in recordings(seed, song_share):
         if written.seconds >= 60 * minutes and written.num_songs >= MIN_SONGS:
             break
         file = f"audio/{made.row['file_name']}"
@@ -183,34 +187,34 @@ def _write_video(folder: Path, seed: int) -> list[Embedded]:
     return embedded
 
 
-def _build(folder: Path, minutes: float, seed: int) -> None:
+def _build(folder: Path, minutes: float, seed: int, song_share: float) -> None:
     """Write a whole set into an empty folder, its marker last."""
-    sounds = _write_audio(folder, minutes, seed)
+    sounds = _write_audio(folder, minutes, seed, song_share)
     write_tasks(folder, sounds.shorts, _write_video(folder, seed))
     facts = {"num_recordings": len(sounds.rows), "seconds": round(sounds.seconds, 3), "num_videos": NUM_CLIPS}
     (folder / "README.txt").write_text(README.format(minutes=minutes, seed=seed, **facts), encoding="utf-8")
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*.*"))}
-    marker = {"version": VERSION, "minutes": minutes, "seed": seed, **facts, "bytes": sizes}
+    marker = {"version": VERSION, "minutes": minutes, "seed": seed, "songs": song_share, **facts, "bytes": sizes}
     (folder / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
 
 
-def _replace(target: Path, minutes: float, seed: int, keep_if_made_meanwhile: bool) -> DemoSummary:
+def _replace(target: Path, minutes: float, seed: int, song_share: float, keep_if_made_meanwhile: bool) -> DemoSummary:
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         made = scratch / "new"
         made.mkdir()
-        _build(made, minutes, seed)
+        _build(made, minutes, seed, song_share)
         # Several processes of one run may have found it missing at once: the first one's set is already being read.
-        if keep_if_made_meanwhile and (summary := _read_marker(target, minutes, seed)):
+        if keep_if_made_meanwhile and (summary := _read_marker(target, minutes, seed, song_share)):
             return summary
         if target.exists():
             os.rename(target, scratch / "old")
         os.rename(made, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    summary = _read_marker(target, minutes, seed)
+    summary = _read_marker(target, minutes, seed, song_share)
     assert summary is not None
     return summary
 
@@ -222,11 +226,12 @@ def _sweep(target: Path) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _read_marker(folder: Path, minutes: float, seed: int) -> DemoSummary | None:
+def _read_marker(folder: Path, minutes: float, seed: int, song_share: float) -> DemoSummary | None:
     """The set's summary, or None where it is not there, not whole or not this one."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        if (marker["version"], marker["minutes"], marker["seed"]) != (VERSION, minutes, seed):
+        made_with = (marker["version"], marker["minutes"], marker["seed"], marker.get("songs", SONG_SHARE))
+        if made_with != (VERSION, minutes, seed, song_share):
             return None
         if any((folder / name).stat().st_size != size for name, size in marker["bytes"].items()):
             return None

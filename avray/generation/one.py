@@ -27,6 +27,7 @@ def generate(settings: GenerateSettings) -> str:
 def options_of(settings: GenerateSettings) -> Options:
     return Options(seconds=settings.seconds, max_tokens=settings.max_tokens, temperature=settings.temperature,
                    top_k=settings.top_k, top_p=settings.top_p, guidance_scale=settings.guidance_scale,
+                   aligned_guidance_scale=settings.aligned_guidance_scale,
                    num_steps=settings.num_steps, beams=settings.beams)
 
 

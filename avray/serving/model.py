@@ -29,8 +29,8 @@ from avray.settings.serve import LimitSettings, ReplicaSettings
 PART_S = 0.1
 """Sound of one Part after the first, at least: each costs about a millisecond on its way."""
 REPORT_S = 2.0
-_TRIED = Options(seconds=1.0, max_tokens=8, temperature=1.0, top_k=4, top_p=0.9, guidance_scale=2.0, num_steps=4,
-                 beams=2)
+_TRIED = Options(seconds=1.0, max_tokens=8, temperature=1.0, top_k=4, top_p=0.9, guidance_scale=2.0,
+                 aligned_guidance_scale=2.0, num_steps=4, beams=2)
 
 
 @dataclass(frozen=True)

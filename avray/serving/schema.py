@@ -19,7 +19,8 @@ Format = Literal["wav", "flac", "mp3", "opus", "pcm"]
 ALIASES = {"prompt": "input", "duration": "seconds", "audio_length": "seconds", "num_inference_steps": "steps",
            "cfg_scale": "guidance_scale"}
 OPTIONS = {"seconds": "seconds", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
-           "guidance_scale": "guidance_scale", "steps": "num_steps", "max_tokens": "max_tokens", "beams": "beams"}
+           "guidance_scale": "guidance_scale", "aligned_guidance_scale": "aligned_guidance_scale", "steps": "num_steps",
+           "max_tokens": "max_tokens", "beams": "beams"}
 """Fields that become ``avray.family.Options``."""
 PCM_RATE_HZ = 24_000
 
@@ -39,6 +40,7 @@ class Sound(BaseModel):
     top_k: Annotated[int | None, Field(ge=1, lt=2**31)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     guidance_scale: Annotated[float | None, Field(ge=0, le=1000, description="Also: cfg_scale.")] = None
+    aligned_guidance_scale: Annotated[float | None, Field(ge=0, le=1000)] = None
     steps: Annotated[int | None, Field(ge=1, description="Also: num_inference_steps.")] = None
     max_tokens: Annotated[int | None, Field(ge=1, lt=2**31)] = None
     beams: Annotated[int | None, Field(ge=1, le=64)] = None

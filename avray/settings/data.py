@@ -35,6 +35,8 @@ class DataSettings:
 
     demo_minutes: float = 4.0
     """Minutes of sound in the demo set."""
+    demo_songs: float = 0.8
+    """Songs' share of it; the rest are short sounds with captions."""
     demo_dir: str | None = None
     """Where demo sets are made; null: ``demo`` in AVRAY_CACHE, or in ~/.cache/avray."""
 
@@ -86,6 +88,7 @@ class DataSettings:
         check_above_zero("data", self, "demo_minutes", "shard_seconds", "no_progress_timeout_s")
         check_fraction("data", self, "validation_fraction", below_one=True)
         check_fraction("data", self, "max_reject_fraction")
+        check_fraction("data", self, "demo_songs")
         check_at_least("data", self, 0, "guard_s", "split_seed", "embed_num_cpus", "embed_num_gpus")
         check_at_least("data", self, 1, "max_samples", "window_rows", "shard_examples", "fit_rows", "embed_workers",
                        "prefetch_steps")

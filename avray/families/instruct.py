@@ -1,0 +1,363 @@
+"""Sound from an instruction, by flow matching in a codec's latents: one model for many tasks.
+
+A sample may carry a description, which is asked by cross-attention, and what lies along its time (notes, a noisy
+recording, the characters of a text), which is added to the frames; either may be absent, and each is guided by a scale
+of its own. Where nothing says how long the sound is, its duration is foreseen from the text.
+
+It takes up UniFlow-Audio, and does its two to-dos: both kinds of conditions at once, and figures by task. What it does
+otherwise: one scale for each kind of condition, a seed a request, averaged weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from avray.codecs.base import CodecConfig, Latents
+from avray.encoders.tokens import Bytes
+from avray.errors import DataError
+from avray.families.continuation import LatentsRenderer
+from avray.families.instruct_model import InstructModel
+from avray.families.instruct_sampler import FlowSampler, Generation
+from avray.families.instruct_tasks import (
+    ROLL_WIDTH,
+    TASKS,
+    Condition,
+    conditions_of,
+    end_of,
+    parse_notes,
+    piano_roll,
+)
+from avray.family import (
+    Batch,
+    Column,
+    Example,
+    Fitted,
+    Mean,
+    Metric,
+    Options,
+    Prompt,
+    Question,
+    Request,
+    Row,
+    Unit,
+)
+from avray.metrics.accumulators import PitchError, audio_metrics
+from avray.nn.conditioning import AdapterConfig
+from avray.nn.dit import DiTConfig
+from avray.nn.flow import Solver, Walk, best_linear_loss, draw_levels, mixed
+
+OUTPUT, SOUND, LATENTS = "output", "sound", "latents"
+
+
+@dataclass(frozen=True)
+class Instruct:
+    """``tasks`` are those of ``instruct_tasks.TASKS`` that the model learns; a row without one is of the first.
+    ``segment_s`` is the longest sound. ``condition_dropout`` is the share of rows that go without their conditions."""
+
+    codec: CodecConfig
+    tasks: tuple[str, ...] = ("text_to_audio",)
+    segment_s: float = 4.0
+    network: DiTConfig = DiTConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    text_layers: int = 2
+    text_heads: int = 3
+    max_text: int = 512
+    """Bytes of the longest text."""
+    condition_dropout: float = 0.2
+    level_mean: float = 0.0
+    level_spread: float = 1.0
+    duration_weight: float = 0.1
+    length_groups: int = 1
+    """Parts that a batch goes through the transformer in, by length: padding costs a third of the work on the demo
+    set in one part, a tenth in four; a GPU wants one."""
+
+    num_steps: int = 20
+    solver: Solver = "euler"
+    sway: float = -1.0
+    guidance_scale: float = 3.0
+    aligned_guidance_scale: float = 1.5
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("segment_s", "text_layers", "text_heads", "max_text", "level_spread", "length_groups"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"family.{name} must be above 0 and finite, got {getattr(self, name)}.")
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown or not self.tasks:
+            raise ValueError(f"family.tasks must name some of {', '.join(TASKS)}, got {', '.join(unknown) or 'none'}.")
+        if not 0 <= self.condition_dropout <= 0.6:
+            raise ValueError(f"family.condition_dropout must be from 0 to 0.6, got {self.condition_dropout}.")
+        if self.network.width % self.text_heads or self.network.width // self.text_heads % 2:
+            raise ValueError(f"family.text_heads = {self.text_heads} must divide family.network.width = "
+                             f"{self.network.width} into even parts.")
+        if self.adapter.name == "prefix":
+            for task in self.tasks:
+                if "text" not in TASKS[task].takes:
+                    raise ValueError(f"family.adapter.name = prefix puts the instruction in front of a description, "
+                                     f"which task {task} has not: take cross_attention or plain.")
+        self._generation(Options())
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What the tasks take, in one order."""
+        taken = {condition for task in self.tasks for condition in TASKS[task].takes}
+        return tuple(name for name in ("text", "spoken", "notes", "sound") if name in taken)  # type: ignore[misc]
+
+    # Data
+
+    def segment(self, rows: Sequence[Row]) -> list[Example]:
+        """A row whose task is among ``tasks`` and that has what it needs is one example; one longer than ``segment_s``
+        is none, unless its task goes from sound to sound: that is cut into pieces. DataError, naming the row, for
+        notes that are none."""
+        examples = []
+        for row in rows:
+            task = row.get("task") or self.tasks[0]
+            if task not in self.tasks or not row.get("audio"):
+                continue
+            try:
+                given = conditions_of(task, row)
+            except ValueError:
+                continue
+            if "notes" in given:
+                try:
+                    parse_notes(given["notes"], f"Row {row['id']}", row["duration_s"])
+                except ValueError as error:
+                    raise DataError(str(error)) from None
+            examples += self._examples(row, task, given)
+        return examples
+
+    def _examples(self, row: Row, task: str, given: Mapping[Condition, Any]) -> list[Example]:
+        start, duration = row.get("start_s") or 0.0, row["duration_s"]
+        fields = {"task": task, "instruction": row.get("instruction") or TASKS[task].instruction}
+        fields |= {name: given[name] for name in ("text", "notes") if name in given}
+        fields |= {"text": given["spoken"]} if "spoken" in given else {}
+        if "sound" not in given:
+            if duration > self.segment_s + 1e-6:
+                return []
+            unit = Unit(row["audio"], "audio", start, duration)
+            return [Example(str(row["id"]), {OUTPUT: unit}, fields, row.get("weight", 1.0))]
+        length = min(self.segment_s, duration)
+        wanted, recipe = row.get("target_audio") or row["audio"], ""
+        examples = []
+        for index in range(int(duration / length + 1e-6)):
+            at = round(start + index * length, 6)
+            units = {OUTPUT: Unit(wanted, "audio", at, length), SOUND: Unit(row["audio"], "audio", at, length, recipe)}
+            examples.append(Example(f"{row['id']}@{at:.3f}", units, fields, row.get("weight", 1.0)))
+        return examples
+
+    def columns(self, fitted: Fitted | None) -> list[Column]:
+        return [Column(LATENTS, Latents(self.codec))]
+
+    def fit(self, rows: Iterator[Row]) -> Fitted:
+        """Mean and scale of each channel, and of the logarithm of the seconds."""
+        codec = self.codec.load("cpu")
+        number, total, squares = 0, np.zeros(codec.width), np.zeros(codec.width)
+        seconds = []
+        for row in rows:
+            frames = row[f"{OUTPUT}.{LATENTS}"].astype(np.float64)
+            number, total, squares = number + len(frames), total + frames.sum(0), squares + (frames**2).sum(0)
+            seconds.append(math.log(len(frames) / codec.frame_rate_hz))
+        mean = total / number
+        scale = np.sqrt(np.maximum(squares / number - mean**2, 0))
+        scale = np.maximum(scale, max(0.01 * scale.max(), 1e-6))
+        return Fitted({"mean": mean.astype(np.float32), "scale": scale.astype(np.float32)},
+                      {"codec": self.codec.column_id(), "width": codec.width, "frame_rate_hz": codec.frame_rate_hz,
+                       "log_seconds": [float(np.mean(seconds)), max(float(np.std(seconds)), 0.1)]})
+
+    def collate(self, rows: Sequence[Row], fitted: Fitted) -> Batch:
+        """``output`` ``[batch, time, width]`` with ``lengths`` ``[batch]`` of it and ``weight`` ``[batch]``; each
+        condition as the tasks take them: ids of ``text``, ``spoken`` and ``instruction`` with ``…_valid``, frames of
+        ``notes`` and ``sound`` with ``…_there``. A request has no output; its length is its notes' or its sound's, or
+        0."""
+        rate, width = fitted.data["frame_rate_hz"], fitted.data["width"]
+        outputs = [row.get(f"{OUTPUT}.{LATENTS}") if row["weight"] else None for row in rows]
+        given = [_given(row) if row["weight"] else {} for row in rows]
+        lengths = [len(output) if output is not None else self._length(conditions, rate)
+                   for output, conditions in zip(outputs, given, strict=True)]
+        time = max([1, *lengths])
+        padded = np.zeros((len(rows), time, width), np.float32)
+        for index, output in enumerate(outputs):
+            if output is not None:
+                padded[index, : len(output)] = output
+        weight = np.array([row["weight"] if output is not None else 0.0
+                           for row, output in zip(rows, outputs, strict=True)], np.float32)
+        tensors = {"output": padded, "lengths": np.array(lengths), "weight": weight,
+                   "log_seconds": np.log(np.maximum(lengths, 1) / rate).astype(np.float32),
+                   "told": weight * np.array(["text" in conditions or "spoken" in conditions for conditions in given])}
+        for name in ("text", "spoken"):
+            if name in self.conditions:
+                tensors |= self._texts(name, [str(conditions.get(name, "")) for conditions in given], rows)
+        if self.adapter.name != "plain":
+            tensors |= self._texts("instruction", [str(row.get("instruction") or "") for row in rows], rows)
+        for name, size in (("notes", ROLL_WIDTH), ("sound", width)):
+            if name in self.conditions:
+                frames = np.zeros((len(rows), time, size), np.float32)
+                for index, conditions in enumerate(given):
+                    if name in conditions:
+                        found = (piano_roll(conditions["notes"], lengths[index], rate) if name == "notes"
+                                 else conditions["sound"])[:time]
+                        frames[index, : len(found)] = found
+                tensors |= {name: frames, f"{name}_there": np.array([name in conditions for conditions in given])}
+        counts = {"flow": float(np.dot(weight, lengths)) * width, "duration": float(tensors["told"].sum())}
+        return Batch({name: torch.from_numpy(array) for name, array in tensors.items()}, counts,
+                     [str(row.get("id", "")) for row in rows])
+
+    def _length(self, conditions: Mapping[str, Any], frame_rate_hz: float) -> int:
+        if "sound" in conditions:
+            return len(conditions["sound"])
+        if "notes" in conditions:
+            return max(1, round(min(end_of(conditions["notes"]), self.segment_s) * frame_rate_hz))
+        return 0
+
+    def _texts(self, name: str, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """Ids from 1; 0 is nothing."""
+        ids = [Bytes().encode(text) for text in texts]
+        for row, one in zip(rows, ids, strict=True):
+            if len(one) > self.max_text:
+                raise ValueError(f"The {'instruction' if name == 'instruction' else 'text'} of "
+                                 f"{row.get('id', 'the request')} has {len(one)} bytes, over family.max_text = "
+                                 f"{self.max_text}: shorten it, or train with more.")
+        padded = np.zeros((len(ids), max(1, *map(len, ids), 1)), np.int64)
+        for index, one in enumerate(ids):
+            padded[index, : len(one)] = np.array(one, np.int64) + 1
+        return {name: padded, f"{name}_valid": padded > 0}
+
+    # Model
+
+    def build(self, fitted: Fitted) -> InstructModel:
+        if fitted.data["codec"] != self.codec.column_id():
+            raise ValueError(f"codec = {self.codec.name} ({self.codec.column_id()}), but this model was fitted with "
+                             f"{fitted.data['codec']}: ask for that one, or train anew.")
+        widths = {"text": 0, "spoken": 0, "notes": ROLL_WIDTH, "sound": fitted.data["width"]}
+        return InstructModel(self.network, self.adapter, self.text_layers, self.text_heads,
+                             {name: widths[name] for name in self.conditions}, 0, fitted)
+
+    def init(self, model: nn.Module, generator: torch.Generator) -> None:
+        assert isinstance(model, InstructModel)
+        model.init(generator)
+
+    @property
+    def terms(self) -> Mapping[str, float]:
+        return {"flow": 1.0, "duration": self.duration_weight}
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Squared errors of the direction over frames and of the logarithm of the seconds over texts."""
+        assert isinstance(model, InstructModel)
+        rows, device = len(batch["lengths"]), batch["lengths"].device
+        with_text = with_aligned = torch.ones(rows, dtype=torch.bool, device=device)
+        if model.training:
+            share = self.condition_dropout
+            drawn = torch.rand(rows, generator=generator, device=device)
+            with_text = drawn >= share
+            with_aligned = ~((drawn < share / 2) | ((drawn >= share) & (drawn < 1.5 * share)))
+        levels = draw_levels(rows, generator, device, self.level_mean, self.level_spread)
+        noise = torch.randn(batch["output"].shape, generator=generator, device=device)
+        asked = model.ask(batch.tensors)
+        flow = torch.zeros((), device=device)
+        for some in batch["lengths"].argsort().chunk(self.length_groups):
+            part, time = batch.rows(some), max(1, int(batch["lengths"][some].max()))
+            frames, own = model.normalised(part["output"][:, :time]), noise[some, :time]
+            valid = torch.arange(time, device=device) < part["lengths"][:, None]
+            conditions = model.condition(asked.rows(some), part.tensors, part["lengths"], time, with_text[some],
+                                         with_aligned[some])
+            found = model.network(mixed(frames, own, levels[some]), levels[some], conditions, valid)
+            error = (found.float() - (own - frames)).square().sum(-1)
+            flow = flow + ((error * valid).sum(1) * part["weight"]).sum()
+        off = (asked.log_seconds.float() - batch["log_seconds"]).square()
+        return {"flow": flow, "duration": (off * batch["told"]).sum()}
+
+    def baselines(self, batch: Batch, fitted: Fitted) -> dict[str, dict[str, Tensor]]:
+        """The best guess of the direction for white noise of the data's spread, and the mean duration."""
+        mean, scale = fitted.data["log_seconds"]
+        flow = best_linear_loss(self.level_mean, self.level_spread) * (batch["lengths"] * batch["weight"]).sum()
+        duration = ((batch["log_seconds"] - mean).square() * batch["told"]).sum()
+        return {"best_linear": {"flow": flow * fitted.data["width"], "duration": duration}}
+
+    def figures(self, model: nn.Module, batch: Batch, fitted: Fitted) -> dict[str, Mean]:
+        """How well durations are foreseen (``family.Judged``)."""
+        assert isinstance(model, InstructModel)
+        told = batch["told"] > 0
+        if not bool(told.any()):
+            return {}
+        ratio = (model.ask(batch.tensors).log_seconds - batch["log_seconds"]).exp()[told]
+        count = float(told.sum())
+        return {"duration_within_10_percent": Mean(float(((ratio - 1).abs() <= 0.1).sum()), count),
+                "duration_error_percent": Mean(float(100 * (ratio - 1).abs().sum()), count)}
+
+    # Generation
+
+    def question(self, example: Example) -> Question:
+        return Question(prompt=example.units.get(SOUND), target=example.units[OUTPUT],
+                        text=example.fields.get("text"), fields=example.fields)
+
+    def prompt(self, request: Request) -> Prompt:
+        """What the request's task takes; without a task, the first of the model's that it has enough for."""
+        fields = {"text": request.text or "", "audio": request.audio, "notes": request.fields.get("notes")}
+        task = request.task or request.fields.get("task") or self._task_for(fields)
+        if task not in self.tasks:
+            raise ValueError(f"task = {task} is not one of this model's: {', '.join(self.tasks)}.")
+        if request.video is not None:
+            raise ValueError(f"video has no meaning for this model; it takes {', '.join(self.conditions)}.")
+        given = conditions_of(task, fields)
+        for name, condition in (("text", "text"), ("audio", "sound"), ("notes", "notes")):
+            if fields[name] and condition not in TASKS[task].takes and not (name == "text" and "spoken" in given):
+                raise ValueError(f"{name} has no meaning for task {task}; it takes {', '.join(TASKS[task].takes)}.")
+        self._generation(request.options)
+        if request.audio is not None and request.audio.seconds > self.segment_s:
+            raise ValueError(f"audio holds {request.audio.seconds:.3g} s: this model takes at most {self.segment_s:g}.")
+        plain = {"task": task, "instruction": str(request.fields.get("instruction") or TASKS[task].instruction)}
+        if "notes" in given:
+            parse_notes(given["notes"], "The request", request.options.seconds or self.segment_s)
+            plain["notes"] = given["notes"]
+        if fields["text"]:
+            plain["text"] = fields["text"]
+        self._texts("text", [str(fields["text"]), plain["instruction"]], [{"id": "the request"}] * 2)
+        return Prompt({SOUND: request.audio} if request.audio is not None else {}, plain)
+
+    def _task_for(self, fields: Mapping[str, Any]) -> str:
+        for task in self.tasks:
+            try:
+                conditions_of(task, fields)
+            except ValueError:
+                continue
+            return task
+        return self.tasks[0]
+
+    def _generation(self, options: Options) -> Generation:
+        options.allow("seconds", "guidance_scale", "aligned_guidance_scale", "num_steps")
+        if options.seconds is not None and not 0 < options.seconds <= self.segment_s:
+            raise ValueError(f"seconds must be above 0 and at most {self.segment_s:g}, which this model was trained "
+                             f"with, got {options.seconds:g}.")
+        given = options.given()
+        walk = Walk(int(given.get("num_steps", self.num_steps)), self.solver, self.sway, self.rescale)
+        return Generation(walk, given.get("guidance_scale", self.guidance_scale),
+                          given.get("aligned_guidance_scale", self.aligned_guidance_scale), options.seconds)
+
+    def sampler(self, model: nn.Module, fitted: Fitted, slots: int) -> FlowSampler:
+        assert isinstance(model, InstructModel)
+        rate = fitted.data["frame_rate_hz"]
+        return FlowSampler(model, slots, rate, round(self.segment_s * rate), self._generation)
+
+    def renderer(self, fitted: Fitted, device: torch.device | str) -> LatentsRenderer:
+        return LatentsRenderer(self.codec.load(device))
+
+    def metrics(self) -> dict[str, Callable[[], Metric]]:
+        return {**audio_metrics(), "pitch_error_cents": PitchError}
+
+
+def _given(row: Row) -> dict[str, Any]:
+    """A row's conditions as its task takes them, notes parsed and sounds as latents."""
+    task = TASKS[row["task"]]
+    text = str(row.get("text") or "")
+    found: dict[str, Any] = {"text": text, "spoken": text, "sound": row.get(f"{SOUND}.{LATENTS}")}
+    if row.get("notes") and "notes" in task.takes:
+        found["notes"] = parse_notes(row["notes"], str(row.get("id", "The request")))
+    return {name: found[name] for name in task.takes
+            if name in found and found[name] is not None and (name == "sound" or found[name])}

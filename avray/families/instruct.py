@@ -11,6 +11,7 @@ otherwise: one scale for each kind of condition, a seed a request, averaged weig
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +191,7 @@ class Instruct:
                            for row, output in zip(rows, outputs, strict=True)], np.float32)
         tensors = {"output": padded, "lengths": np.array(lengths), "weight": weight,
                    "log_seconds": np.log(np.maximum(lengths, 1) / rate).astype(np.float32),
+                   "seed": np.array([zlib.crc32(str(row.get("id", "")).encode()) for row in rows]),
                    "told": weight * np.array(["text" in conditions or "spoken" in conditions for conditions in given])}
         for name in ("text", "spoken"):
             if name in self.conditions:
@@ -248,7 +250,8 @@ class Instruct:
         return {"flow": 1.0, "duration": self.duration_weight}
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Squared errors of the direction over frames and of the logarithm of the seconds over texts."""
+        """Squared errors of the direction over frames and of the logarithm of the seconds over texts. In evaluation a
+        row's level and noise are its own, whatever the batch."""
         assert isinstance(model, InstructModel)
         rows, device = len(batch["lengths"]), batch["lengths"].device
         with_text = with_aligned = torch.ones(rows, dtype=torch.bool, device=device)
@@ -257,8 +260,10 @@ class Instruct:
             drawn = torch.rand(rows, generator=generator, device=device)
             with_text = drawn >= share
             with_aligned = ~((drawn < share / 2) | ((drawn >= share) & (drawn < 1.5 * share)))
-        levels = draw_levels(rows, generator, device, self.level_mean, self.level_spread)
-        noise = torch.randn(batch["output"].shape, generator=generator, device=device)
+            levels = draw_levels(rows, generator, device, self.level_mean, self.level_spread)
+            noise = torch.randn(batch["output"].shape, generator=generator, device=device)
+        else:
+            levels, noise = self._own_draws(batch)
         asked = model.ask(batch.tensors)
         flow = torch.zeros((), device=device)
         for some in batch["lengths"].argsort().chunk(self.length_groups):
@@ -272,6 +277,14 @@ class Instruct:
             flow = flow + ((error * valid).sum(1) * part["weight"]).sum()
         off = (asked.log_seconds.float() - batch["log_seconds"]).square()
         return {"flow": flow, "duration": (off * batch["told"]).sum()}
+
+    def _own_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        levels, noise = torch.empty(len(batch["seed"])), torch.zeros(batch["output"].shape)
+        for row, (seed, length) in enumerate(zip(batch["seed"].tolist(), batch["lengths"].tolist(), strict=True)):
+            own = torch.Generator().manual_seed(seed)
+            levels[row] = draw_levels(1, own, "cpu", self.level_mean, self.level_spread)
+            noise[row, :length] = torch.randn(length, noise.shape[2], generator=own)
+        return levels.to(batch["output"].device), noise.to(batch["output"].device)
 
     def baselines(self, batch: Batch, fitted: Fitted) -> dict[str, dict[str, Tensor]]:
         """The best guess of the direction for white noise of the data's spread, and the mean duration."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from avray.data import recipes
 from avray.data.cache import Cache, Claim
 from avray.data.plan import Shard
 from avray.data.store import Store
@@ -38,6 +39,7 @@ class Cut:
     start_s: float
     stop_s: float
     units: tuple[int, ...]
+    recipe: str = ""
 
 
 @dataclass
@@ -97,8 +99,11 @@ class Embedder:
                 continue
             self.journal.enter(shard, self.column, piece.source)
             try:
-                if piece.stop_s - piece.start_s <= BATCHED_S:
-                    batch.append((piece, np.concatenate(list(self._decode(piece)))))
+                if piece.recipe or piece.stop_s - piece.start_s <= BATCHED_S:
+                    samples = np.concatenate(list(self._decode(piece)))
+                    if piece.recipe:
+                        samples = recipes.apply(piece.recipe, samples, self.network.sample_rate_hz)
+                    batch.append((piece, samples))
                 else:
                     self._cut_units(shard, piece, self._encode_stream(piece), values)
             except DataError as error:
@@ -159,23 +164,22 @@ def cuts(units: Sequence[Unit], wanted: Sequence[int], context_s: float) -> list
     for index in wanted:
         by_source.setdefault((units[index].source, units[index].recipe), []).append(index)
     for (source, recipe), indices in by_source.items():
-        assert not recipe, f"no recipe is known by the name {recipe!r}"
         indices.sort(key=lambda index: units[index].start_s)
         run: list[int] = []
         stop = -math.inf
         for index in indices:
             if run and units[index].start_s > stop + 2 * context_s + 2:
-                stretches.append(_widened(source, units, run, stop, context_s))
+                stretches.append(_widened(source, units, run, stop, context_s, recipe))
                 run, stop = [], -math.inf
             run.append(index)
             stop = max(stop, units[index].start_s + units[index].duration_s)
-        stretches.append(_widened(source, units, run, stop, context_s))
+        stretches.append(_widened(source, units, run, stop, context_s, recipe))
     return stretches
 
 
-def _widened(source: str, units: Sequence[Unit], run: list[int], stop: float, context_s: float) -> Cut:
+def _widened(source: str, units: Sequence[Unit], run: list[int], stop: float, context_s: float, recipe: str) -> Cut:
     start = max(0.0, math.floor(units[run[0]].start_s - context_s))
-    return Cut(source, start, stop + LOOKAHEAD_S, tuple(run))
+    return Cut(source, start, stop + LOOKAHEAD_S, tuple(run), recipe)
 
 
 class Journal:

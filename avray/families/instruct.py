@@ -10,10 +10,12 @@ otherwise: one scale for each kind of condition, a seed a request, averaged weig
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,7 @@ from avray.nn.dit import DiTConfig
 from avray.nn.flow import Solver, Walk, best_linear_loss, draw_levels, mixed
 
 OUTPUT, SOUND, LATENTS = "output", "sound", "latents"
+_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,12 @@ class Instruct:
     text_heads: int = 3
     max_text: int = 512
     """Bytes of the longest text."""
+    noise_snr_db: float = 0.0
+    """Of the noise added for ``enhancement`` where a row brings no noisy version."""
+    noise_folder: str | None = None
+    """Recordings to add as noise; null: white noise."""
+    lowpass_hz: float = 8000.0
+    """The sample rate that ``super_resolution`` starts from where a row brings no version of its own."""
     condition_dropout: float = 0.2
     level_mean: float = 0.0
     level_spread: float = 1.0
@@ -145,13 +154,24 @@ class Instruct:
             unit = Unit(row["audio"], "audio", start, duration)
             return [Example(str(row["id"]), {OUTPUT: unit}, fields, row.get("weight", 1.0))]
         length = min(self.segment_s, duration)
-        wanted, recipe = row.get("target_audio") or row["audio"], ""
+        wanted = row.get("target_audio") or row["audio"]
         examples = []
         for index in range(int(duration / length + 1e-6)):
             at = round(start + index * length, 6)
+            recipe = "" if row.get("target_audio") else self._recipe(task, f"{row['id']}@{at:.3f}")
             units = {OUTPUT: Unit(wanted, "audio", at, length), SOUND: Unit(row["audio"], "audio", at, length, recipe)}
             examples.append(Example(f"{row['id']}@{at:.3f}", units, fields, row.get("weight", 1.0)))
         return examples
+
+    def _recipe(self, task: str, example: str) -> str:
+        if TASKS[task].recipe == "lowpass":
+            return f"lowpass:rate_hz={self.lowpass_hz:g}"
+        seed = zlib.crc32(example.encode())
+        source = ""
+        if self.noise_folder is not None:
+            noises = _recordings(self.noise_folder)
+            source = f":source={noises[seed % len(noises)]}"
+        return f"noise:snr_db={self.noise_snr_db:g}:seed={seed}{source}"
 
     def columns(self, fitted: Fitted | None) -> list[Column]:
         return [Column(LATENTS, Latents(self.codec))]
@@ -363,6 +383,15 @@ class Instruct:
 
     def metrics(self) -> dict[str, Callable[[], Metric]]:
         return {**audio_metrics(), "pitch_error_cents": PitchError}
+
+
+@functools.cache
+def _recordings(folder: str) -> tuple[str, ...]:
+    """Paths of a folder's recordings. DataError where there are none."""
+    found = sorted(str(path) for path in Path(folder).absolute().rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if not found:
+        raise DataError(f"family.noise_folder = {folder} holds no recording.")
+    return tuple(found)
 
 
 def _given(row: Row) -> dict[str, Any]:

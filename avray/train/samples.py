@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from avray.data import recipes
 from avray.data.plan import Plan, Shard
 from avray.engine import Generated, Generator, resampled
 from avray.family import Example, Family, Media, Options, Question, Request, Unit
@@ -71,12 +72,15 @@ def example_at(shard: Shard, index: int) -> Example:
 
 
 def read_unit(unit: Unit | None) -> Media | None:
-    """The sound (or text) a unit is cut from, at its own rate."""
+    """The sound (or text) a unit is cut from, at its own rate, changed as its recipe says."""
     if unit is None:
         return None
     if unit.modality == "text":
         return unit.source
-    return read_audio(unit.source, start_s=unit.start_s, duration_s=unit.duration_s)
+    sound = read_audio(unit.source, start_s=unit.start_s, duration_s=unit.duration_s)
+    if not unit.recipe:
+        return sound
+    return Audio(recipes.apply(unit.recipe, sound.samples.mean(0), sound.sample_rate_hz)[None], sound.sample_rate_hz)
 
 
 def answer(generator: Generator, asked: Sequence[Asked], options: Options, seed: int = 0) -> list[Answer]:

@@ -65,7 +65,7 @@ class InstructModel(nn.Module):
         self.aligned = AlignedEncoder(sources, width) if sources else None
         self.duration = DurationPredictor(width, "spoken" in widths)
         self.network = DiT(network, fitted.data["width"], bool(sources))
-        self.mean, self.scale = (torch.tensor(fitted.arrays[name]) for name in ("mean", "scale"))
+        self.mean, self.scale = (torch.from_numpy(fitted.arrays[name].copy()) for name in ("mean", "scale"))
         self.seconds_mean, self.seconds_scale = fitted.data["log_seconds"]
 
     def init(self, generator: torch.Generator) -> None:

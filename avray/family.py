@@ -313,6 +313,14 @@ class Choosy(Protocol):
 
 
 @runtime_checkable
+class ByTask(Protocol):
+    """What a family of several tasks may add: figures for each of them, which ``evaluate.py`` reports as one table.
+    An example's task is its field ``task``."""
+
+    def task_metrics(self, task: str) -> dict[str, Callable[[], Metric]]: ...
+
+
+@runtime_checkable
 class Family(Protocol):
     """See the module's docstring for the order of calls. Rows handed to ``fit`` and ``collate`` are an example's
     fields plus ``"<role>.<column>"`` arrays ``[time, *shape]``, ``id`` and ``weight`` (0 for padding and for rows

@@ -336,3 +336,20 @@ def test_a_model_made_without_weights_generates_once_it_has_them(fitted):
     empty.load_state_dict(model.state_dict(), assign=True)
     ours, theirs = (Engine(ALL, one, fitted) for one in (model, empty.eval()))
     np.testing.assert_array_equal(*(drain(one, one.submit(requests()[5]))[0] for one in (ours, theirs)))
+
+
+def test_figures_are_told_task_by_task():
+    from avray.engine import Generated
+    from avray.evaluation.evaluate import measure_by_task, task_table
+    from avray.train.samples import Answer
+
+    rng = np.random.default_rng(0)
+    sounds = [Audio(rng.normal(0, 0.1, (1, 12_000)).astype(np.float32), 24_000) for _ in range(2)]
+    answers = [Answer(task, None, sounds[0], Generated(sounds[1], 0, Options()), {"task": task})
+               for task in ("enhancement", "singing", "enhancement")]
+    tasks = measure_by_task(ALL, answers)
+    assert tasks["enhancement"]["examples"] == 2 and set(tasks["singing"]) >= {"pitch_error_cents"}
+    assert tasks["enhancement"]["si_sdr_db"] < -10
+    lines = task_table(tasks).splitlines()
+    assert lines[0].split() == ["enhancement", "singing"] and lines[1].split() == ["examples", "2", "1"]
+    assert all(ALL.task_metrics(task) for task in TASKS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from avray.devices import device_of
 from avray.engine import Generator
 from avray.errors import DataError
 from avray.evaluation.report import ReportExample, write_report
-from avray.family import Family, Judged, Mean, Options
+from avray.family import ByTask, Family, Judged, Mean, Metric, Options
 from avray.registry import saved_family
 from avray.train.loggers import read_metrics
 from avray.train.samples import Answer, answer, questions
@@ -54,10 +54,13 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     foreseen = held_out_figures(checkpoint, family, plan, cache, device, settings.batch_size, settings.max_rows)
     answers = generate_samples(settings, family, plan, device)
     measured = measure(family, answers)
+    by_task = measure_by_task(family, answers)
+    if by_task:
+        print(task_table(by_task))
     summary = {
         "family": checkpoint.family.get("name"), "checkpoint": str(checkpoint.path), "split": settings.split,
         "validation_loss": loss.loss, "terms": loss.terms, "baselines": loss.baselines,
-        "metrics": foreseen | measured.values,
+        "metrics": foreseen | measured.values, **({"tasks": by_task} if by_task else {}),
         "rows": {**dataset.counts(), "examples": plan.num_examples, "generated": len(answers)},
         "seconds": round(time.perf_counter() - began, 1), "device": device,
     }
@@ -128,9 +131,36 @@ def measure(family: Family, answers: Sequence[Answer]) -> Measured:
     """The family's own metrics over what was generated."""
     if not answers:
         return Measured({}, {})
-    metrics = {name: build() for name, build in family.metrics().items()}
-    for item in answers:
-        for metric in metrics.values():
-            metric.update(item.generated.media, item.target, {"id": item.id})
+    metrics = _fed(family.metrics(), answers)
     return Measured({name: metric.value() for name, metric in metrics.items()},
                     {name: metric.details() for name, metric in metrics.items() if hasattr(metric, "details")})
+
+
+def measure_by_task(family: Family, answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+    """Task -> figure -> value, with the number of examples; nothing for a family of one kind."""
+    if not isinstance(family, ByTask):
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for task in sorted({str(item.fields["task"]) for item in answers if item.fields.get("task")}):
+        own = [item for item in answers if item.fields.get("task") == task]
+        figures = {name: metric.value() for name, metric in _fed(family.task_metrics(task), own).items()}
+        found[task] = {"examples": float(len(own)), **figures}
+    return found
+
+
+def _fed(builders: Mapping[str, Callable[[], Metric]], answers: Sequence[Answer]) -> dict[str, Metric]:
+    metrics = {name: build() for name, build in builders.items()}
+    for item in answers:
+        for metric in metrics.values():
+            metric.update(item.generated.media, item.target, {**item.fields, "id": item.id})
+    return metrics
+
+
+def task_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
+    """A line a figure and a column a task; what a task has not is left blank."""
+    names = list(dict.fromkeys(name for figures in tasks.values() for name in figures))
+    rows = [["", *tasks], *([name, *(f"{tasks[task][name]:.4g}" if name in tasks[task] else "" for task in tasks)]
+                            for name in names)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(
+        row[1:], widths[1:], strict=True))]).rstrip() for row in rows)

@@ -56,6 +56,7 @@ def write_report(run_dir: str | Path, summary: Mapping[str, Any], examples: Sequ
     run_dir.mkdir(parents=True, exist_ok=True)
     parts = [f"<h1>{_escaped(title)}</h1>", _losses(summary)]
     parts.append(_metrics(summary.get("metrics", {}), details or {}))
+    parts.append(_tasks(summary.get("tasks", {})))
     if curves:
         curve_png(run_dir / "loss.png", curves, summary.get("baselines", {}))
         parts.append('<h2>Training</h2><img src="loss.png" alt="Loss over steps, baselines as dashed lines">')
@@ -95,6 +96,18 @@ def _metrics(metrics: Mapping[str, float], details: Mapping[str, Mapping[str, An
         rows.append(f"<tr><td>{_escaped(name)}</td><td class=n>{_number(value)}</td>"
                     f"<td class=small>{_escaped(beside)}</td></tr>")
     return "<h2>Figures</h2>" + _table(rows)
+
+
+def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> str:
+    """A line a figure and a column a task."""
+    if not tasks:
+        return ""
+    names = dict.fromkeys(name for figures in tasks.values() for name in figures)
+    rows = ["<tr><th></th>" + "".join(f"<th>{_escaped(task)}</th>" for task in tasks) + "</tr>"]
+    rows += [f"<tr><td>{_escaped(name)}</td>" + "".join(
+        f"<td class=n>{_number(figures[name]) if name in figures else ''}</td>" for figures in tasks.values()) + "</tr>"
+        for name in names]
+    return "<h2>By task</h2>" + _table(rows)
 
 
 def _examples(run_dir: Path, examples: Sequence[ReportExample]) -> str:
@@ -137,7 +150,7 @@ def _shown(run_dir: Path, stem: str, media: Media) -> str:
 def _rest(summary: Mapping[str, Any]) -> str:
     rows = []
     for key, value in summary.items():
-        if key in ("validation_loss", "baselines", "metrics") or value is None:
+        if key in ("validation_loss", "baselines", "metrics", "tasks") or value is None:
             continue
         if isinstance(value, Mapping):
             value = ", ".join(f"{name} {_number(item)}" for name, item in value.items())

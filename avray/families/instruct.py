@@ -51,7 +51,20 @@ from avray.family import (
     Row,
     Unit,
 )
-from avray.metrics.accumulators import PitchError, audio_metrics
+from avray.media import Audio
+from avray.metrics.accumulators import (
+    AlignedMelCepstralDistortion,
+    DurationError,
+    LogSpectralDistance,
+    MelCepstralDistortion,
+    OnsetF1,
+    PitchError,
+    SiSdr,
+    Stoi,
+    TempoError,
+    audio_metrics,
+)
+from avray.metrics.frechet import FrechetDistance
 from avray.nn.conditioning import AdapterConfig
 from avray.nn.dit import DiTConfig
 from avray.nn.flow import Solver, Walk, best_linear_loss, draw_levels, mixed
@@ -383,6 +396,30 @@ class Instruct:
 
     def metrics(self) -> dict[str, Callable[[], Metric]]:
         return {**audio_metrics(), "pitch_error_cents": PitchError}
+
+    def task_metrics(self, task: str) -> dict[str, Callable[[], Metric]]:
+        """What tells whether this task is done (``family.ByTask``)."""
+        shape: dict[str, Callable[[], Metric]] = {"log_spectral_distance_db": LogSpectralDistance}
+        match task:
+            case "text_to_audio" | "text_to_music":
+                return {"frechet_distance_codec_latents": self._frechet, "pitch_error_cents": PitchError,
+                        "onset_f1": OnsetF1, "tempo_error": TempoError, "duration_error_s": DurationError}
+            case "speech":
+                return {"mel_cepstral_distortion_aligned_db": AlignedMelCepstralDistortion,
+                        "duration_error_s": DurationError}
+            case "singing":
+                return {"pitch_error_cents": PitchError, "mel_cepstral_distortion_db": MelCepstralDistortion, **shape}
+            case "enhancement":
+                return {"si_sdr_db": SiSdr, "stoi": Stoi, **shape}
+        return shape
+
+    def _frechet(self) -> Metric:
+        codec = self.codec.load("cpu")
+
+        def latents(audio: Audio) -> np.ndarray:
+            return codec.encode_batch([audio.samples.mean(0, dtype=np.float32)])[0]
+
+        return FrechetDistance(latents, f"latents of {self.codec.column_id()}, a frame each", codec.sample_rate_hz)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import numpy as np
 
 from avray.family import Media, Metric, Row
 from avray.media import Audio
-from avray.metrics import level, pitch, signal, spectral
+from avray.metrics import cepstral, intelligibility, level, pitch, rhythm, signal, spectral
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,59 @@ class MultiResolutionStft(PairMetric):
 class SiSdr(PairMetric):
     def measure(self, pair: Pair) -> float:
         return signal.si_sdr(pair.generated, pair.target)
+
+
+class Stoi(PairMetric):
+    unit = ""
+
+    def measure(self, pair: Pair) -> float:
+        return intelligibility.stoi(pair.generated, pair.target, pair.sample_rate_hz)
+
+
+class Pesq(PairMetric):
+    """MissingDependency without the package ``pesq``."""
+
+    unit = ""
+
+    def measure(self, pair: Pair) -> float:
+        return intelligibility.pesq(pair.generated, pair.target, pair.sample_rate_hz)
+
+
+class MelCepstralDistortion(PairMetric):
+    def measure(self, pair: Pair) -> float:
+        return cepstral.mel_cepstral_distortion(pair.generated, pair.target, pair.sample_rate_hz)
+
+
+class AlignedMelCepstralDistortion(PairMetric):
+    """Along the best path between the two, whatever their lengths: for speech, whose speed is its own."""
+
+    def update(self, generated: Media, target: Media | None, row: Row) -> None:
+        if target is None:
+            return self.add(math.nan)
+        ours, theirs = _sound(generated), _sound(target)
+        if ours.sample_rate_hz != theirs.sample_rate_hz:
+            raise ValueError(f"Generated sound at {ours.sample_rate_hz} Hz does not compare with a target at "
+                             f"{theirs.sample_rate_hz} Hz: resample one of them first.")
+        self.add(cepstral.mel_cepstral_distortion(ours.samples.mean(0), theirs.samples.mean(0), ours.sample_rate_hz,
+                                                  align=True))
+
+
+class OnsetF1(PairMetric):
+    unit = ""
+
+    def measure(self, pair: Pair) -> float:
+        ours, theirs = (rhythm.onsets_s(x, pair.sample_rate_hz) for x in (pair.generated, pair.target))
+        return rhythm.onset_f1(ours, theirs)
+
+
+class TempoError(PairMetric):
+    """Relative; pairs in which one has no tempo are skipped."""
+
+    unit = ""
+
+    def measure(self, pair: Pair) -> float:
+        ours, theirs = (rhythm.tempo_bpm(x, pair.sample_rate_hz) for x in (pair.generated, pair.target))
+        return rhythm.tempo_error(ours, theirs)
 
 
 class LevelError(PairMetric):

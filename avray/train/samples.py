@@ -6,9 +6,10 @@ Called in a process of its own while training goes on, from a checkpoint on disk
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,12 +50,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was given, what the answer was, and what the model made of it."""
+    """What was given, what the answer was, and what the model made of it. ``fields`` are the example's own."""
 
     id: str
     prompt: Media | None
     target: Media | None
     generated: Generated
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def questions(family: Family, plan: Plan, count: int) -> list[Asked]:
@@ -92,7 +94,8 @@ def answer(generator: Generator, asked: Sequence[Asked], options: Options, seed:
         for index, (item, prompt) in enumerate(zip(asked, prompts, strict=True))
     ]
     generated = generator.generate_many(requests)
-    return [Answer(item.id, prompt, comparable(read_unit(item.question.target), result.media), result)
+    return [Answer(item.id, prompt, comparable(read_unit(item.question.target), result.media), result,
+                   item.question.fields)
             for item, prompt, result in zip(asked, prompts, generated, strict=True)]
 
 

@@ -22,6 +22,8 @@ from avray.codecs.spectral import Spectral
 from avray.config import ServeSettings
 from avray.families.codec_lm import CodecLM
 from avray.families.continuation import Continuation
+from avray.families.instruct import Instruct
+from avray.nn.dit import DiTConfig
 from avray.registry import family_settings
 from avray.serving.auth import Keys
 from avray.serving.gateway import Gateway, GatewaySettings
@@ -30,6 +32,8 @@ from avray.serving.model import Model, ModelSettings
 CONTINUATION = Continuation(Spectral(), segment_s=0.4, num_layers=1, num_heads=2, feed_forward=16, normalise="scale")
 CODEC_LM = CodecLM(Spectral(), num_codebooks=2, segment_s=0.4, text="caption", text_bytes=32, context=128, width=16,
                    num_layers=1, num_heads=2)
+INSTRUCT = Instruct(Spectral(), segment_s=1.0, network=DiTConfig(width=16, num_layers=2, num_heads=2), text_layers=1,
+                    text_heads=2, num_steps=2)
 
 
 NO_KEYS = Keys()
@@ -45,6 +49,12 @@ def save_continuation(run: Path, step: int = 3, seed: int = 0) -> Path:
 def save_codec_lm(run: Path) -> Path:
     random = np.random.default_rng(0)
     return _save(run, CODEC_LM, [{"audio.latents": random.normal(-8, 1, (600, 128)).astype(np.float16)}], 5, 0)
+
+
+def save_instruct(run: Path) -> Path:
+    random = np.random.default_rng(0)
+    rows = [{"output.latents": random.normal(-8, 1, (length, 128)).astype(np.float16)} for length in (30, 45, 60)]
+    return _save(run, INSTRUCT, rows, 4, 0)
 
 
 def _save(run: Path, family: Any, rows: list[dict[str, Any]], step: int, seed: int) -> Path:

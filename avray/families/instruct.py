@@ -135,25 +135,31 @@ class Instruct:
 
     # Data
 
+    def refusal(self, row: Row) -> str | None:
+        """Of the rows of this model's tasks, those that lack what their task needs, have notes that are none or begin
+        beyond the clip, or whose text is too long (``family.Choosy``)."""
+        task = row.get("task") or self.tasks[0]
+        if task not in self.tasks:
+            return None
+        if not row.get("audio"):
+            return "audio is missing: it is what the model learns to make"
+        try:
+            given = conditions_of(task, row)
+            parse_notes(given.get("notes") or (), "its notes", row["duration_s"])
+            self._ids(str(row.get("text") or ""), "its text")
+            self._ids(str(row.get("instruction") or ""), "its instruction")
+        except ValueError as error:
+            return str(error)
+        return None
+
     def segment(self, rows: Sequence[Row]) -> list[Example]:
-        """A row whose task is among ``tasks`` and that has what it needs is one example; one longer than ``segment_s``
-        is none, unless its task goes from sound to sound: that is cut into pieces. DataError, naming the row, for
-        notes that are none."""
+        """A row whose task is among ``tasks`` is one example; one longer than ``segment_s`` is none, unless its task
+        goes from sound to sound: that is cut into pieces."""
         examples = []
         for row in rows:
             task = row.get("task") or self.tasks[0]
-            if task not in self.tasks or not row.get("audio"):
-                continue
-            try:
-                given = conditions_of(task, row)
-            except ValueError:
-                continue
-            if "notes" in given:
-                try:
-                    parse_notes(given["notes"], f"Row {row['id']}", row["duration_s"])
-                except ValueError as error:
-                    raise DataError(str(error)) from None
-            examples += self._examples(row, task, given)
+            if task in self.tasks and row.get("audio"):
+                examples += self._examples(row, task, conditions_of(task, row))
         return examples
 
     def _examples(self, row: Row, task: str, given: Mapping[Condition, Any]) -> list[Example]:
@@ -228,9 +234,9 @@ class Instruct:
                    "told": weight * np.array(["text" in conditions or "spoken" in conditions for conditions in given])}
         for name in ("text", "spoken"):
             if name in self.conditions:
-                tensors |= self._texts(name, [str(conditions.get(name, "")) for conditions in given], rows)
+                tensors |= self._texts(name, [str(conditions.get(name, "")) for conditions in given])
         if self.adapter.name != "plain":
-            tensors |= self._texts("instruction", [str(row.get("instruction") or "") for row in rows], rows)
+            tensors |= self._texts("instruction", [str(row.get("instruction") or "") for row in rows])
         for name, size in (("notes", ROLL_WIDTH), ("sound", width)):
             if name in self.conditions:
                 frames = np.zeros((len(rows), time, size), np.float32)
@@ -251,14 +257,16 @@ class Instruct:
             return max(1, round(min(end_of(conditions["notes"]), self.segment_s) * frame_rate_hz))
         return 0
 
-    def _texts(self, name: str, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    def _ids(self, text: str, whose: str) -> list[int]:
+        ids = Bytes().encode(text)
+        if len(ids) > self.max_text:
+            raise ValueError(f"{whose} has {len(ids)} bytes, over family.max_text = {self.max_text}: shorten it, or "
+                             "train with more")
+        return ids
+
+    def _texts(self, name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Ids from 1; 0 is nothing."""
-        ids = [Bytes().encode(text) for text in texts]
-        for row, one in zip(rows, ids, strict=True):
-            if len(one) > self.max_text:
-                raise ValueError(f"The {'instruction' if name == 'instruction' else 'text'} of "
-                                 f"{row.get('id', 'the request')} has {len(one)} bytes, over family.max_text = "
-                                 f"{self.max_text}: shorten it, or train with more.")
+        ids = [self._ids(text, name) for text in texts]
         padded = np.zeros((len(ids), max(1, *map(len, ids), 1)), np.int64)
         for index, one in enumerate(ids):
             padded[index, : len(one)] = np.array(one, np.int64) + 1
@@ -364,7 +372,8 @@ class Instruct:
             plain["notes"] = given["notes"]
         if fields["text"]:
             plain["text"] = fields["text"]
-        self._texts("text", [str(fields["text"]), plain["instruction"]], [{"id": "the request"}] * 2)
+        self._ids(str(fields["text"]), "text")
+        self._ids(plain["instruction"], "instruction")
         return Prompt({SOUND: request.audio} if request.audio is not None else {}, plain)
 
     def _task_for(self, fields: Mapping[str, Any]) -> str:

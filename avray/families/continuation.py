@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,6 +26,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from avray.codecs.base import Codec, CodecConfig, Latents
+from avray.families.continuation_flow import (
+    FlowHeadConfig,
+    FlowOptions,
+    FlowPredictor,
+    FrameSampler,
+    flow_loss,
+    sequences,
+)
 from avray.family import (
     Batch,
     Column,
@@ -44,8 +52,10 @@ from avray.family import (
 from avray.media import Audio
 from avray.metrics.accumulators import audio_metrics
 from avray.nn.encoder import Encoder, dropout, sinusoidal_positions
+from avray.nn.flow import best_linear_loss
 
 Normalise = Literal["none", "scale", "change"]
+Head = Literal["mse", "flow"]
 INPUT, OUTPUT, LATENTS = "input", "output", "latents"
 GRID_S = 0.08
 """Segments begin on multiples of this, and a prompt is as many of these long: whole frames at 12.5, 25, 50, 75 and 100
@@ -65,8 +75,11 @@ class Continuation:
     """From the start of one pair to the next's; None: ``segment_s``. Less gives more pairs of the same sound."""
     max_pairs_per_song: int | None = 10
     """Spread over the recording; None: all."""
-    head: str = "mse"
+    head: Head = "mse"
+    """``mse`` foresees the mean of what follows, a segment at a time; ``flow`` draws it frame by frame."""
     normalise: Normalise = "none"
+    """With ``flow`` frames are always brought to mean 0 and scale 1."""
+    flow: FlowHeadConfig = FlowHeadConfig()
 
     def __post_init__(self) -> None:
         for name in ("segment_s", "num_layers", "num_heads", "feed_forward", "max_pairs_per_song", "stride_s"):
@@ -75,8 +88,8 @@ class Continuation:
                 raise ValueError(f"family.{name} must be above 0, got {value}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"family.dropout must be from 0 to below 1, got {self.dropout}.")
-        if self.head != "mse":
-            raise ValueError(f"family.head must be mse, the only one there is, got {self.head!r}.")
+        if self.head not in get_args(Head):
+            raise ValueError(f"family.head must be one of mse, flow, got {self.head!r}.")
         if self.normalise not in get_args(Normalise):
             raise ValueError(f"family.normalise must be one of none, scale, change, got {self.normalise!r}.")
 
@@ -162,19 +175,33 @@ class Continuation:
         named = {name: torch.from_numpy(array) for name, array in {**tensors, "weight": weight}.items()}
         if not valid.all():
             named["valid"] = torch.from_numpy(valid)
-        counts = {"mse": float(weight.sum(dtype=np.float64)) * width}
+        if self.head == "mse":
+            counts = {"mse": float(weight.sum(dtype=np.float64)) * width}
+        else:
+            heard, made = ([0 if array is None else len(array) for array in arrays[role]] for role in (INPUT, OUTPUT))
+            joined = sequences(tensors[INPUT], tensors[OUTPUT], heard, made, [row["weight"] for row in rows])
+            named |= {"sequence": torch.from_numpy(joined[0]), "sequence_weight": torch.from_numpy(joined[1])}
+            counts = {"flow": float(joined[1].sum(dtype=np.float64)) * width}
         return Batch(named, counts, [str(row.get("id", "")) for row in rows])
 
     # Model
 
-    def build(self, fitted: Fitted) -> Predictor:
+    def build(self, fitted: Fitted) -> Predictor | FlowPredictor:
         if fitted.data["codec"] != self.codec.column_id():
             raise ValueError(f"codec = {self.codec.name} ({self.codec.column_id()}), but this model was fitted with "
                              f"{fitted.data['codec']}: ask for that one, or train anew.")
+        if self.head == "flow":
+            longest = 2 * round(self.segment_s * fitted.data["frame_rate_hz"])
+            if longest > self.flow.context:
+                raise ValueError(f"family.flow.context = {self.flow.context} must hold two segments, which are "
+                                 f"{longest} frames of this codec.")
+            return FlowPredictor(self.flow, self.num_layers, self.num_heads, self.feed_forward, self.dropout, fitted)
         return Predictor(self, fitted)
 
     def init(self, model: nn.Module, generator: torch.Generator) -> None:
         """Matrices as Glorot has them, biases 0; the last one 0 too where the model predicts a change."""
+        if isinstance(model, FlowPredictor):
+            return model.init(generator)
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -187,14 +214,18 @@ class Continuation:
 
     @property
     def terms(self) -> Mapping[str, float]:
-        return {"mse": 1.0}
+        return {self.head: 1.0}
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        if isinstance(model, FlowPredictor):
+            return {"flow": flow_loss(model, batch, generator)}
         predicted = model(batch[INPUT], batch.tensors.get("valid"))
         return {"mse": squared_error(predicted, batch)}
 
     def baselines(self, batch: Batch, fitted: Fitted) -> dict[str, dict[str, Tensor]]:
-        """The input again, its mean frame, and silence."""
+        """The input again, its mean frame, and silence; of a flow, the best guess were the data white noise."""
+        if self.head == "flow":
+            return {"best_linear": {"flow": best_linear_loss() * batch["sequence_weight"].sum() * fitted.data["width"]}}
         given = batch[INPUT]
         silence = torch.from_numpy(fitted.arrays["silence"]).to(given.device)
         at = torch.arange(given.shape[1], device=given.device).clamp(max=len(silence) - 1)
@@ -209,7 +240,8 @@ class Continuation:
         return Question(prompt=example.units[INPUT], target=answer, seconds=answer.duration_s)
 
     def prompt(self, request: Request) -> Prompt:
-        """Audio to continue, at any rate; nothing before its last segment and the codec's warm-up is looked at."""
+        """Audio to continue, at any rate; nothing before its last segment (with ``flow`` its last minute, as far as
+        ``flow.context`` holds it) and the codec's warm-up is looked at."""
         for name in ("text", "video", "task"):
             if getattr(request, name):
                 raise ValueError(f"{name} has no meaning for this model; it takes audio.")
@@ -219,21 +251,32 @@ class Continuation:
         if audio.seconds < GRID_S:
             raise ValueError(f"audio holds {audio.seconds:.3g} s: this model continues at least {GRID_S:g} s.")
         self._num_frames(request.options, 1.0)
+        if self.head == "flow":
+            self._flow_options(request.options, 1.0)
         [column] = self.columns(None)
-        whole_s = self.segment_s if audio.seconds >= self.segment_s else 0.0
+        heard_s = self.segment_s if self.head == "mse" else max(self.segment_s, 60.0)
+        whole_s = heard_s if audio.seconds >= heard_s else 0.0
         further_s = min(audio.seconds - whole_s, column.context_s if whole_s else math.inf)
         kept_s = whole_s + int(further_s / GRID_S + 1e-6) * GRID_S
         return Prompt({INPUT: Audio(audio.samples[:, -round(kept_s * audio.sample_rate_hz) :], audio.sample_rate_hz)})
 
     def _num_frames(self, options: Options, frame_rate_hz: float) -> int:
-        options.allow("seconds")
+        options.allow(*(("seconds",) if self.head == "mse" else ("seconds", "num_steps", "temperature")))
         seconds = self.segment_s if options.seconds is None else options.seconds
         if not 0 < seconds < math.inf:
             raise ValueError(f"seconds must be above 0 and finite, got {seconds}.")
         return max(1, round(seconds * frame_rate_hz))
 
-    def sampler(self, model: nn.Module, fitted: Fitted, slots: int) -> WindowSampler:
+    def _flow_options(self, options: Options, frame_rate_hz: float) -> FlowOptions:
+        given = options.given()
+        how = replace(self.flow, num_steps=int(given.get("num_steps", self.flow.num_steps)),
+                      temperature=given.get("temperature", self.flow.temperature))
+        return FlowOptions(self._num_frames(options, frame_rate_hz), how.num_steps, how.temperature)
+
+    def sampler(self, model: nn.Module, fitted: Fitted, slots: int) -> WindowSampler | FrameSampler:
         rate = fitted.data["frame_rate_hz"]
+        if isinstance(model, FlowPredictor):
+            return FrameSampler(model, slots, functools.partial(self._flow_options, frame_rate_hz=rate))
         wanted = functools.partial(self._num_frames, frame_rate_hz=rate)
         return WindowSampler(model, slots, round(self.segment_s * rate), wanted)
 

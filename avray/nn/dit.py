@@ -130,9 +130,7 @@ class DiT(nn.Module):
 
     def modulations(self, levels: Float[Tensor, " batch"], summary: Float[Tensor, "batch width"]) -> list[Tensor]:
         """Six shifts, scales and gates for each block ``[batch, 1, 6 * width]``, and two for the end."""
-        frequencies = torch.exp(torch.arange(_NUM_SINES, device=levels.device) * (-math.log(10_000.0) / _NUM_SINES))
-        angles = 1000 * levels[:, None] * frequencies
-        state = self.level(torch.cat([angles.cos(), angles.sin()], -1).to(summary.dtype)) + summary
+        state = self.level(level_waves(levels).to(summary.dtype)) + summary
         state = F.silu(state)[:, None]
         shared = None if self.shared is None else self.shared(state)
         return [block.modulation(state, shared) for block in self._blocks()] + [self.last(state)]
@@ -223,6 +221,13 @@ class Block(nn.Module):
             x = x + self.ask_out(heard.transpose(1, 2).flatten(2))
         hidden = F.gelu(self.up(modulated(x, shift2, scale2)), approximate="tanh")
         return x + gate2 * self.down(F.dropout(hidden, self.dropout, self.training))
+
+
+def level_waves(levels: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch waves"]:
+    """128 cosines and sines of each level, as of diffusion's thousand steps."""
+    frequencies = torch.exp(torch.arange(_NUM_SINES, device=levels.device) * (-math.log(10_000.0) / _NUM_SINES))
+    angles = 1000 * levels[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

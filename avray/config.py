@@ -22,7 +22,7 @@ from avray.settings.convert import (
     make_absolute,
     to_mapping,
 )
-from avray.settings.data import DataSettings
+from avray.settings.data import DataSettings, SetSettings
 from avray.settings.serve import ServeSettings
 from avray.settings.trainer import LoggerSettings, OptimizerSettings, ScheduleSettings, TrainerSettings
 from avray.settings.tune import ObjectiveSettings, TuneSettings
@@ -30,8 +30,8 @@ from avray.settings.tune import ObjectiveSettings, TuneSettings
 __all__ = [
     "AppSettings", "DataSettings", "EvaluateSettings", "GenerateSettings", "LoggerSettings", "LoggingSettings",
     "ObjectiveSettings", "OptimizerSettings", "PrepareSettings", "RunSettings", "ScheduleSettings", "ServeSettings",
-    "SweepSettings", "TrainSettings", "TrainerSettings", "TuneSettings", "absolute", "from_mapping", "import_target",
-    "instantiate", "to_mapping",
+    "SetSettings", "SweepSettings", "TrainSettings", "TrainerSettings", "TuneSettings", "absolute", "from_mapping",
+    "import_target", "instantiate", "to_mapping",
 ]
 
 Device = Literal["auto", "cuda", "mps", "cpu"]

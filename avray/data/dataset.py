@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from avray.config import DataSettings, from_mapping
+from avray.config import DataSettings, SetSettings, from_mapping
 from avray.data.manifest import Manifest, Reject, load_manifest
 from avray.data.plan import Plan, plan_split
 from avray.data.splits import SplitChoice, assign_splits, choose_split
@@ -51,22 +51,44 @@ def read_rows(data: DataSettings, segment_s: float = 2.0, family: Family | None 
     """Rows read, probed and split; a held-out span has room for two segments. A row that the family cannot use is
     rejected. DataError where there are none."""
     limits = read_limits(data)
-    path = data_path(data)
-    manifest = load_manifest(path, texts=data.texts, format=data.format, allowed_roots=data.allowed_roots,
-                             limits=limits, max_samples=data.max_samples, memo_path=memo_path(data),
-                             group_by=data.group_by)
+    manifest = mixed_manifest(data, limits) if data.mix else one_manifest(data, limits, SetSettings(
+        data_path(data), data.texts, data.format, max_samples=data.max_samples))
     if isinstance(family, Choosy):
         refuse(manifest, family)
     if not manifest.rows:
         rejects = manifest.rejects
         reason = f"; the first of {len(rejects)} rejects: {rejects[0].reason}" if rejects else ""
-        raise DataError(f"{path} holds no recording that can be used{reason}.")
+        raise DataError(f"{manifest.path} holds no recording that can be used{reason}.")
     span_s = 2 * segment_s
     choice = choose_split(manifest.rows, validation_fraction=data.validation_fraction, by=data.split_by,
                           guard_s=data.guard_s, span_s=span_s, holdout_groups=data.holdout_groups)
     rows = assign_splits(manifest.rows, validation_fraction=data.validation_fraction, seed=data.split_seed,
                          by=data.split_by, guard_s=data.guard_s, span_s=span_s, holdout_groups=data.holdout_groups)
     return Dataset(manifest, rows, limits, choice)
+
+
+def one_manifest(data: DataSettings, limits: Limits, one: SetSettings) -> Manifest:
+    return load_manifest(one.path, texts=one.texts, format=one.format, allowed_roots=data.allowed_roots, limits=limits,
+                         max_samples=one.max_samples, memo_path=memo_path(data), group_by=data.group_by)
+
+
+def mixed_manifest(data: DataSettings, limits: Limits) -> Manifest:
+    """Several sets as one: a row's ``set`` is its place in ``data.mix`` and begins its id. A recording that two sets
+    hold has one group, so that it stands on one side of the split."""
+    merged = Manifest(", ".join(one.path for one in data.mix), "mix")
+    groups: dict[str, str] = {}
+    for index, one in enumerate(data.mix):
+        manifest = one_manifest(data, limits, one)
+        for row in manifest.rows:
+            row |= {"id": f"{index}/{row['id']}", "set": index}
+            if one.task is not None:
+                row.setdefault("task", one.task)
+            if digest := row.get("audio_hash"):
+                row["group"] = groups.setdefault(digest, row["group"])
+        merged.rows += manifest.rows
+        merged.rejects += manifest.rejects
+        merged.duplicates += manifest.duplicates
+    return merged
 
 
 def refuse(manifest: Manifest, family: Choosy) -> None:
@@ -86,10 +108,37 @@ def open_dataset(family: Family, data: DataSettings, rejects_path: Path | None =
     if rejects_path is not None:
         dataset.manifest.write_rejects(rejects_path)
     dataset.manifest.enforce(data.max_reject_fraction, rejects_path)
-    plans = {split: plan_split(family, dataset.rows, split, shard_examples=data.shard_examples,
-                               shard_seconds=data.shard_seconds)
+    plans = {split: plan_parts(family, data, dataset.rows, split)
              for split in sorted({row["split"] for row in dataset.rows})}
     return replace(dataset, plans=plans)
+
+
+def plan_parts(family: Family, data: DataSettings, rows: Sequence[Row], split: str) -> Plan:
+    """A split's plan: each set, and with ``data.batches=by_task`` each task, in shards of its own; training sets as
+    often as they weigh beside the lightest. DataError where no part has an example."""
+    parts: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        if row["split"] == split:
+            task = str(row.get("task") or "") if data.batches == "by_task" else ""
+            parts.setdefault((row.get("set", 0), task), []).append(row)
+    lightest = min((one.weight for one in data.mix), default=1.0)
+    tasks = sorted({task for _, task in parts})
+    plans, groups, refused = [], [], None
+    for (index, task), own in sorted(parts.items(), key=lambda item: item[0]):
+        try:
+            plan = plan_split(family, own, split, shard_examples=data.shard_examples, shard_seconds=data.shard_seconds)
+        except DataError as error:
+            refused = error
+            continue
+        if data.mix and split == "train":
+            plan = plan.repeated(data.mix[index].weight / lightest)
+        plans.append(plan)
+        groups += [tasks.index(task)] * len(plan.shards)
+    if not plans:
+        assert refused is not None
+        raise refused
+    shards = tuple(shard for plan in plans for shard in plan.shards)
+    return Plan(split, shards, tuple(groups) if data.batches == "by_task" else ())
 
 
 def memo_path(data: DataSettings) -> str | None:

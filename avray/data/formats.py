@@ -260,7 +260,7 @@ def read_pairs(source: Source) -> Iterator[RawRow]:
 
 def read_joined(source: Source) -> Iterator[RawRow]:
     """``content.jsonl`` and ``audio.jsonl``, joined on ``audio_id``. An id that one of them lacks, or has a second
-    time, is rejected."""
+    time, is rejected, and so is one of which both say something different."""
     sides: dict[str, dict[str, RawRow]] = {"content.jsonl": {}, "audio.jsonl": {}}
     for name, rows in sides.items():
         for number, line in lines(source, name):
@@ -275,7 +275,10 @@ def read_joined(source: Source) -> Iterator[RawRow]:
     content, audio = sides.values()
     for key, row in content.items():
         if key in audio:
-            yield RawRow(row.source, row.line, {**audio[key].fields, **row.fields})
+            other, own = audio[key], row.fields
+            apart = next((name for name in own if own[name] != other.fields.get(name, own[name])), "")
+            reason = f"content.jsonl and line {other.line} of audio.jsonl disagree on {apart}" if apart else ""
+            yield RawRow(row.source, row.line, {**other.fields, **row.fields}, reason)
         else:
             yield RawRow(row.source, row.line, reason=f"audio_id {key} is missing from audio.jsonl")
     for key, row in audio.items():

@@ -128,3 +128,54 @@ class Order:
     def _generator(self, epoch: int, stream: int, index: int) -> np.random.Generator:
         """Philox (Salmon et al. 2011): key (seed, epoch), counter (stream, index); no state to save."""
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, 0, stream, index]))
+
+
+@dataclass(frozen=True)
+class GroupedOrder(Order):
+    """Every step takes all its rows from shards of one group, and groups take turns by chance, each as often as its
+    rows make steps. A round is one step, so shuffling inside a lane's window falls away; lanes still begin in different
+    shards."""
+
+    groups: tuple[int, ...] = ()
+    """Of each shard."""
+
+    @cached_property
+    def members(self) -> list[np.ndarray]:
+        """The shards of each group."""
+        return [np.flatnonzero(np.asarray(self.groups) == group) for group in sorted(set(self.groups))]
+
+    @cached_property
+    def parts(self) -> list[Order]:
+        """Each group's own order, over its own shards."""
+        rows = np.asarray(self.shard_rows)
+        return [Order(tuple(rows[shards].tolist()), self.batch_size, self.seed, self.batch_size, self.shuffle)
+                for shards in self.members]
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return sum(part.steps_per_epoch for part in self.parts)
+
+    @cached_property
+    def steps_per_round(self) -> int:
+        return 1
+
+    def turn(self, epoch: int, round_index: int) -> tuple[int, int]:
+        """Whose turn it is, and which of its own rounds."""
+        cached = self.__dict__.get("_turns_cache")
+        if cached is None or cached[0] != epoch:
+            turns = np.repeat(np.arange(len(self.parts)), [part.steps_per_epoch for part in self.parts])
+            if self.shuffle:
+                turns = turns[self._generator(epoch, 2**32, 0).permutation(len(turns))]
+            own = np.zeros(len(turns), np.int64)
+            for group in range(len(self.parts)):
+                own[turns == group] = np.arange((turns == group).sum())
+            cached = (epoch, turns, own)
+            self.__dict__["_turns_cache"] = cached
+        return int(cached[1][round_index]), int(cached[2][round_index])
+
+    def block(self, epoch: int, lane: int, round_index: int) -> np.ndarray:
+        group, own_round = self.turn(epoch, round_index)
+        block = self.parts[group].block(epoch, lane, own_round)
+        there = block[:, 0] != PADDING
+        block[there, 0] = self.members[group][block[there, 0]]
+        return block

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from avray.data.order import Order
+import numpy as np
+
+from avray.data.order import GroupedOrder, Order
 from avray.errors import DataError
 from avray.family import Column, Example, Family, Row, Unit, role_columns
 
@@ -55,10 +57,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """All examples of one split, by shard."""
+    """All examples of one split, by shard. With ``groups``, one for each shard, no step mixes two of them."""
 
     split: str
     shards: tuple[Shard, ...]
+    groups: tuple[int, ...] = ()
 
     @cached_property
     def shard_rows(self) -> tuple[int, ...]:
@@ -73,10 +76,18 @@ class Plan:
         return sum(unit.duration_s for shard in self.shards for unit in shard.units)
 
     def order(self, batch_size: int, seed: int, window_rows: int, shuffle: bool = True) -> Order:
+        if self.groups:
+            return GroupedOrder(self.shard_rows, batch_size, seed, window_rows, shuffle, self.groups)
         return Order(self.shard_rows, batch_size, seed, window_rows, shuffle)
 
     def subset(self, indices: Iterable[int]) -> Plan:
         return Plan(self.split, tuple(self.shards[i] for i in indices))
+
+    def repeated(self, times: float) -> Plan:
+        """Each shard ``times`` over; of a fraction, shards spread evenly are there once more."""
+        more = round((times - int(times)) * len(self.shards))
+        again = tuple(self.shards[i] for i in np.linspace(0, len(self.shards) - 1, more).round().astype(int))
+        return Plan(self.split, self.shards * int(times) + again)
 
 
 def unit_key(unit: Unit, source_hash: str) -> bytes:

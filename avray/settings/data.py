@@ -16,11 +16,43 @@ def default_cache() -> str:
 
 
 @dataclass(frozen=True)
+class SetSettings:
+    """``data.mix[…]``: one of several sets."""
+
+    path: str = ""
+    """As ``data.path``."""
+    texts: str | None = None
+    """As ``data.texts``."""
+    format: str = "auto"
+    """As ``data.format``."""
+    weight: float = 1.0
+    """How often its rows come, beside the other sets': with 2 beside 1, twice an epoch."""
+    max_samples: int | None = None
+    """As ``data.max_samples``, of this set."""
+    task: str | None = None
+    """The task of rows that name none."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("data.mix: each set needs a path.")
+        if not 0 < self.weight <= 1000:
+            raise ValueError(f"data.mix: the weight of {self.path} must be above 0 and at most 1000, got "
+                             f"{self.weight}.")
+        check_at_least("data.mix[]", self, 1, "max_samples")
+        make_absolute(self, "path", "texts")
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """One data set. Local paths are made absolute; URLs (any fsspec scheme) stay as they are."""
 
     path: str | None = None
     """A folder, a JSONL, CSV or Parquet file, or a URL; null is the synthetic demo set."""
+    mix: tuple[SetSettings, ...] = ()
+    """Several sets in place of ``path``: [{path: /a, weight: 2, task: singing}, {path: /b, max_samples: 100}]."""
+    batches: Literal["mixed", "by_task"] = "mixed"
+    """``by_task``: every batch holds rows of one task alone; best with ``mode=prepared``, as each step is a round of
+    its own."""
     texts: str | None = None
     """A second folder whose ``.txt`` files or transcripts with times carry the same stems as the recordings, or one
     transcript that names them; null: beside them."""
@@ -92,5 +124,7 @@ class DataSettings:
         check_at_least("data", self, 0, "guard_s", "split_seed", "embed_num_cpus", "embed_num_gpus")
         check_at_least("data", self, 1, "max_samples", "window_rows", "shard_examples", "fit_rows", "embed_workers",
                        "prefetch_steps")
+        if self.mix and self.path is not None:
+            raise ValueError("data.mix names several sets and data.path one: give one of them.")
         if self.texts is not None and self.path is None:
             raise ValueError("data.texts needs data.path: the demo set carries its own captions.")

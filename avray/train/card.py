@@ -18,10 +18,10 @@ def model_card(job: Job, step: int, figures: Mapping[str, Any]) -> str:
         "Trained by avray. `python pipelines/generate.py checkpoint=<this folder>` generates with it.",
         "",
         "## Data",
-        f"- source: {data.path or 'the synthetic demo set'}",
+        f"- source: {data.path or ', '.join(one.path for one in data.mix) or 'the synthetic demo set'}",
         f"- training examples: {job.train.num_examples}; validation examples: {job.validation.num_examples}",
         f"- rows used: {job.rows.get('used', 0)}, rejected: {job.rows.get('rejected', 0)}",
-        "- licence: that of the data set; nobody has stated one here" if data.path else
+        "- licence: that of the data set; nobody has stated one here" if data.path or data.mix else
         "- licence: none needed, the recordings are made by avray",
         "",
         "## Figures",

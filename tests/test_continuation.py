@@ -208,7 +208,7 @@ def test_another_codec_is_refused(fitted):
         dataclasses.replace(TINY, num_heads=3).fit(iter(make_rows(1)))
 
 
-@pytest.mark.parametrize("wrong", [{"segment_s": 0}, {"dropout": 1.0}, {"head": "flow"}, {"normalise": "off"},
+@pytest.mark.parametrize("wrong", [{"segment_s": 0}, {"dropout": 1.0}, {"head": "gan"}, {"normalise": "off"},
                                    {"max_pairs_per_song": 0}, {"stride_s": -1.0}, {"num_layers": 0}])
 def test_wrong_settings_name_their_key(wrong):
     with pytest.raises(ValueError, match=f"family.{next(iter(wrong))}"):

@@ -53,9 +53,12 @@ PREPARE = Command(
     "prepare", PrepareSettings,
     "Encode a data set into the cache, or report what it holds (dry_run=true).",
     ("run.dir", "dry_run", "cluster", "data.path", "data.texts", "data.cache", "data.validation_fraction",
-     "data.max_reject_fraction", "data.embed_workers", "data.embed_num_gpus", "family.segment_s"),
+     "data.max_reject_fraction", "data.embed_workers", "data.embed_num_gpus", "family.segment_s", "output_file",
+     "chunks_dir"),
     ("data.path=/my/wavs dry_run=true", "data.path=/my/wavs codec=mimi data.cache=s3://bucket/cache"),
-    extra_keys=_FAMILY | {"run.dir": ("runs/prepare-<family>-<date>-<time>", _RUN_DIR)})
+    extra_keys=_FAMILY | {"run.dir": ("runs/prepare-<family>-<date>-<time>", _RUN_DIR)},
+    aliases={"audio_dir": "data.path", "transcripts_dir": "data.texts", "verbose": "logging.progress=on",
+             "output_file": "output_file"})
 EVALUATE = Command(
     "evaluate", EvaluateSettings,
     "Report on a checkpoint (loss, baselines, metrics, pictures), or on a codec's round trip.",
@@ -73,7 +76,8 @@ GENERATE = Command(
     ("checkpoint=runs/x/best audio=in.wav seconds=8 output=out.wav",
      'checkpoint=runs/x/best prompt="a bell, then drums" temperature=0.8 seed=1',
      "checkpoint=runs/x/best data.path=prompts.jsonl output=folder/"),
-    extra_keys={"data.path": ("null", "Rows to generate for (JSONL, folder …), a request each; null: a single one.")})
+    extra_keys={"data.path": ("null", "Rows to generate for (JSONL, folder …), a request each; null: a single one.")},
+    aliases={"model_path": "checkpoint", "input_text": "prompt", "audio_file": "audio"})
 APP = Command(
     "app", AppSettings,
     "Serve checkpoints over HTTP, as clients of OpenAI's API know it; the playground is at /.",
@@ -108,6 +112,7 @@ def run_command(main: Callable[[Any], str], command: Command, arguments: Sequenc
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        arguments = without_aliases(command, arguments)
         if {"-h", "--help"} & set(arguments):
             print(_help(command, arguments))
         else:
@@ -115,6 +120,30 @@ def run_command(main: Callable[[Any], str], command: Command, arguments: Sequenc
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(_report(error))
     sys.exit(0)
+
+
+def without_aliases(command: Command, arguments: Sequence[str]) -> list[str]:
+    """The command line in avray's own words; ``--model_path=x``, ``--model_path x`` and ``model_path=x`` are one."""
+    rewritten: list[str] = []
+    waiting = ""
+    for argument in arguments:
+        if waiting:
+            rewritten.append(f"{waiting}={argument}")
+            waiting = ""
+            continue
+        name, equals, value = argument.removeprefix("--").partition("=")
+        key = command.aliases.get(name)
+        if key is None or not (equals or argument.startswith("--")):
+            rewritten.append(argument)
+        elif "=" in key:
+            rewritten += [key] if value.lower() in ("", "true", "1") else []
+        elif equals:
+            rewritten.append(f"{key}={value}")
+        else:
+            waiting = key
+    if waiting:
+        raise ValueError(f"{waiting} is given no value.")
+    return rewritten
 
 
 def compose(command: Command, overrides: Sequence[str] = (), config_dir: str | None = None) -> Any:

@@ -89,6 +89,14 @@ class PrepareSettings(CommandSettings):
     """``name`` and the codec's own fields; the family refers to it."""
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     """Of no effect here; taken so that ``experiment=`` and train.py's command line fit."""
+    output_file: str | None = None
+    """Also write each window's mean features as the original audio model's ``.pt``, {name: vector}."""
+    chunks_dir: str | None = None
+    """Also write each window as a WAV and its text as a TXT of the same name into this folder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        make_absolute(self, "output_file", "chunks_dir")
 
 
 @dataclass(frozen=True)
@@ -133,8 +141,8 @@ class EvaluateSettings(CommandSettings):
     """``name`` and fields of the codec whose round trip to report, instead of a checkpoint."""
     family: Mapping[str, Any] = field(default_factory=dict)
     """Only for a family of one's own: its ``_target_``."""
-    split: Literal["validation", "train", "all"] = "validation"
-    """The rows to look at."""
+    split: Literal["validation", "train", "test", "all"] = "validation"
+    """The rows to look at; ``test`` are the groups that ``data.holdout_groups`` left out."""
     max_rows: int | None = None
     """Rows for the loss; null: all."""
     num_samples: int = 16

@@ -18,6 +18,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from avray.data.embeddings import read_embeddings
 from avray.data.fields import ALIASES, AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from avray.data.folders import read_folder, read_timed
 from avray.data.sources import RawRow, Source, decode, lines
@@ -54,6 +55,8 @@ def detect(source: Source) -> tuple[str, Source]:
         return "folder", source
     if tables := tuple(name for name in source.files if name.endswith(".parquet")):
         return "parquet", Source(source.store, tables)
+    if vectors := tuple(name for name in top if name.endswith(".pt")):
+        return "embeddings", replace(source, names=vectors)
     lists = [name for name in top if name.endswith(".jsonl")]
     if len(lists) == 1:
         return "jsonl", Source(source.store, (lists[0],))
@@ -66,7 +69,8 @@ def forced(source: Source, form: str) -> Source:
     if form not in FORMATS:
         raise ValueError(f"data.format is {form!r}; it is one of auto, {', '.join(FORMATS)}.")
     suffixes = {"jsonl": (".jsonl", ".json"), "csv": (".csv", ".tsv"), "ljspeech": (".csv",), "parquet": (".parquet",),
-                "librispeech": (".trans.txt",), "text": (".txt",), "timed": TIMED_SUFFIXES}.get(form)
+                "librispeech": (".trans.txt",), "text": (".txt",), "timed": TIMED_SUFFIXES,
+                "embeddings": (".pt",)}.get(form)
     if source.names or not suffixes:
         return source
     return replace(source, names=tuple(name for name in source.files if name.lower().endswith(suffixes)))
@@ -77,7 +81,8 @@ def _form_of(source: Source, name: str) -> str:
     if suffix == ".csv":
         head = _head(source, name)
         return "ljspeech" if _delimiter(head) == "|" and not _header_fields(head) & _KNOWN else "csv"
-    by_suffix = {".jsonl": "jsonl", ".json": "jsonl", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+    by_suffix = {".jsonl": "jsonl", ".json": "jsonl", ".tsv": "csv", ".parquet": "parquet", ".txt": "text",
+                 ".pt": "embeddings"}
     if suffix in by_suffix:
         return by_suffix[suffix]
     if suffix in TIMED_SUFFIXES:
@@ -289,5 +294,5 @@ def read_joined(source: Source) -> Iterator[RawRow]:
 FORMATS: dict[str, Callable[[Source], Iterator[RawRow]]] = {
     "folder": read_folder, "jsonl": read_jsonl, "csv": read_csv, "ljspeech": read_ljspeech,
     "librispeech": read_librispeech, "pairs": read_pairs, "joined": read_joined, "parquet": read_parquet,
-    "text": read_text, "digits": read_digits, "timed": read_timed,
+    "text": read_text, "digits": read_digits, "timed": read_timed, "embeddings": read_embeddings,
 }

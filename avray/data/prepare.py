@@ -17,6 +17,7 @@ from avray.data.cache import Cache
 from avray.data.check import describe, render
 from avray.data.cluster import Needs, start_ray
 from avray.data.dataset import Dataset, open_dataset, read_rows
+from avray.data.embeddings import write_chunks, write_embeddings
 from avray.data.plan import Plan
 from avray.data.rows import example_row
 from avray.data.store import Store
@@ -84,9 +85,20 @@ def prepare_all(settings: PrepareSettings, family: Family) -> str:
                "columns": [column.id() for column in prepared.columns], "cache": data.cache}
     Store(str(run_dir)).write("summary.json", json.dumps(summary, indent=2).encode())
     write_lost(lost, run_dir / "rejects.jsonl")
+    written = write_copies(settings, plans, cache, prepared.columns)
     enforce(len(lost), total, data.max_reject_fraction, run_dir / "rejects.jsonl")
     return (f"{total} examples in {summary['shards']} shards are in {data.cache} ({computed} computed now, "
-            f"{len(lost)} rejected) · {run_dir}/summary.json")
+            f"{len(lost)} rejected){written} · {run_dir}/summary.json")
+
+
+def write_copies(settings: PrepareSettings, plans: list[Plan], cache: Cache, columns: list[Column]) -> str:
+    """The original's ``.pt`` and its folder of chunks, where asked for; what to say of them."""
+    said = ""
+    if settings.output_file is not None:
+        said += f", {write_embeddings(settings.output_file, plans, cache, columns)} vectors in {settings.output_file}"
+    if settings.chunks_dir is not None:
+        said += f", {write_chunks(settings.chunks_dir, plans)} chunks in {settings.chunks_dir}"
+    return said
 
 
 def check(settings: PrepareSettings, family: Family | None = None) -> str:

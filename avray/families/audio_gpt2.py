@@ -13,9 +13,10 @@ listening adds.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from avray.codecs.base import CodecConfig, Latents
+from avray.encoders.given import Given
 from avray.encoders.hidden_states import HiddenStates
 from avray.encoders.tokens import BYTES, Tokens, open_tokens, read_tokens
 from avray.errors import MissingDependency
@@ -34,6 +36,7 @@ from avray.metrics.text import Bleu, RougeL, TextErrorRate
 from avray.nn.augment import Augment
 from avray.progress import no_weight_bars
 
+Hears = Literal["sound", "embedding"]
 AUDIO, FEATURES = "audio", "features"
 MIN_S = 0.1
 """Sound shorter than this holds no word; a stem of stride 2 and encoders of 20 ms a frame would see a frame or two."""
@@ -41,7 +44,8 @@ MIN_S = 0.1
 
 @dataclass(frozen=True)
 class AudioGPT2:
-    """Sound is heard as ``encoder``'s hidden states or, where that is None, as ``codec``'s latents.
+    """Sound is heard as ``encoder``'s hidden states or, where that is None, as ``codec``'s latents; with
+    ``hears=embedding`` the rows bring vectors of their own instead (the original's ``.pt``).
     ``segment_s`` is the longest window of sound, ``overlap_s`` how far windows of a long recording overlap.
 
     ``base`` is a folder or hub name of transformers' (``download`` to fetch it); None makes a GPT-2 of ``width``,
@@ -52,6 +56,7 @@ class AudioGPT2:
 
     codec: CodecConfig
     encoder: HiddenStates | None = None
+    hears: Hears = "sound"
     segment_s: float = 20.0
     overlap_s: float = 5.0
     tokenizer: str = BYTES
@@ -83,7 +88,7 @@ class AudioGPT2:
                 raise ValueError(f"family.{name} must be above 0, got {getattr(self, name)}.")
         if not 0 <= self.overlap_s < self.segment_s:
             raise ValueError(f"family.overlap_s = {self.overlap_s} must be at least 0 and below family.segment_s.")
-        for name, allowed in (("listen", Listen), ("stem", Stem), ("adapt", Adapt)):
+        for name, allowed in (("listen", Listen), ("stem", Stem), ("adapt", Adapt), ("hears", Hears)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"family.{name} must be one of {', '.join(get_args(allowed))}, got "
                                  f"{getattr(self, name)!r}.")
@@ -95,7 +100,8 @@ class AudioGPT2:
                              "family.base.")
         if self.width % self.num_heads:
             raise ValueError(f"family.num_heads = {self.num_heads} must divide family.width = {self.width}.")
-        if any(vars(self.augment).values()) and (self.encoder is not None or self.codec.name != "spectral"):
+        log_mel = self.encoder is None and self.codec.name == "spectral" and self.hears == "sound"
+        if any(vars(self.augment).values()) and not log_mel:
             raise ValueError("family.augment changes log-mel frames: take codec=spectral and no encoder, or no "
                              "augmentation.")
         self._generation(Options())
@@ -109,6 +115,10 @@ class AudioGPT2:
         turns: dict[str, list[Row]] = {}
         for row in rows:
             if self.refusal(row) is not None:
+                continue
+            if self.hears == "embedding":
+                unit = Unit(json.dumps(row["embedding"]), "text")
+                examples[str(row["id"])] = Example(str(row["id"]), {AUDIO: unit}, {"text": str(row["text"]).strip()})
                 continue
             if "turn" in row:
                 turns.setdefault(str(row["turn"]), []).append(row)
@@ -131,10 +141,12 @@ class AudioGPT2:
 
     def refusal(self, row: Row) -> str | None:
         """Sound and its words are needed both, at a length that is one window or can be cut to some."""
-        if not row.get("audio"):
+        if not row.get("embedding" if self.hears == "embedding" else "audio"):
             return "it has no sound to go with its text"
         if not str(row.get("text") or "").strip():
             return "it has no text to go with its sound, or an empty one"
+        if self.hears == "embedding":
+            return None
         if row["duration_s"] < MIN_S:
             return f"its {row['duration_s']:.3f} s are too short to be heard: {MIN_S:g} s are the least"
         if row["duration_s"] > self.segment_s + 1e-6 and not row.get("word_times"):
@@ -143,31 +155,34 @@ class AudioGPT2:
         return None
 
     def columns(self, fitted: Fitted | None) -> list[Column]:
+        if self.hears == "embedding":
+            return [Column(FEATURES, self._features, "text", "float32")]
         return [Column(FEATURES, self._features)]
 
     @property
-    def _features(self) -> HiddenStates | Latents:
-        return self.encoder or Latents(self.codec)
+    def _features(self) -> HiddenStates | Latents | Given:
+        return Given() if self.hears == "embedding" else self.encoder or Latents(self.codec)
 
     def fit(self, rows: Iterator[Row]) -> Fitted:
         """Mean and scale of each feature, the tokeniser, the base's configuration, and how often each token occurs."""
         network = self._features.load("cpu")
         kept = read_tokens(self.tokenizer, self.download)
         tokens = open_tokens(kept)
-        number, total, squares = 0, np.zeros(network.width), np.zeros(network.width)
+        number, total, squares = 0, np.zeros(()), np.zeros(())
         counts = np.zeros(tokens.size, np.int64)
         for row in rows:
             frames = row[f"{AUDIO}.{FEATURES}"].astype(np.float64)
             number, total, squares = number + len(frames), total + frames.sum(0), squares + (frames**2).sum(0)
             np.add.at(counts, [*tokens.encode(row["text"]), tokens.end], 1)
-        mean, scale = np.zeros(network.width), np.ones(network.width)
+        width = len(np.atleast_1d(total))
+        mean, scale = np.zeros(width), np.ones(width)
         if self.stem == "conv":  # the original's product takes features as they are
             mean = total / number
             scale = np.sqrt(np.maximum(squares / number - mean**2, 0))
             scale = np.maximum(scale, max(0.01 * scale.max(), 1e-6))
         arrays = {"mean": mean, "scale": scale}
         return Fitted({**{name: array.astype(np.float32) for name, array in arrays.items()}, "counts": counts},
-                      {"features": self._features.column_id(), "width": network.width,
+                      {"features": self._features.column_id(), "width": width,
                        "frame_rate_hz": network.frame_rate_hz, "tokens": kept, "base": self._base_settings(tokens)})
 
     def _base_settings(self, tokens: Tokens) -> dict[str, Any]:
@@ -296,9 +311,16 @@ class AudioGPT2:
     # Generation
 
     def question(self, example: Example) -> Question:
-        return Question(example.units[AUDIO], Unit(example.fields["text"], "text"))
+        unit = example.units[AUDIO]
+        fields = {"embedding": json.loads(unit.source)} if self.hears == "embedding" else {}
+        return Question(unit, Unit(example.fields["text"], "text"), fields=fields)
 
     def prompt(self, request: Request) -> Prompt:
+        if self.hears == "embedding":
+            if "embedding" not in request.fields:
+                raise ValueError("embedding is missing: this model was trained on vectors that rows bring with them.")
+            self._generation(request.options)
+            return Prompt({AUDIO: json.dumps(request.fields["embedding"])}, {"text": request.text or ""})
         if request.audio is None:
             raise ValueError("audio is missing: this model writes down what it hears.")
         if request.video is not None or request.task is not None:

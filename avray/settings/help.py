@@ -42,6 +42,9 @@ class Command:
     """Of the script."""
     extra_keys: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Default and meaning of keys that no dataclass here holds, or whose default the YAML sets."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """What older scripts call a key, as ``name=``, ``--name=`` or ``--name value`` → our key, or for a flag the whole
+    ``key=value``."""
 
     @property
     def script(self) -> str:

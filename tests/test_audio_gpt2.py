@@ -12,10 +12,13 @@ from avray.encoders.tokens import Bytes, open_tokens, read_tokens
 from avray.engine import Generator
 from avray.errors import MissingDependency
 from avray.families.audio_gpt2 import AudioGPT2
+from avray.families.audio_gpt2_model import SlotCache
 from avray.families.audio_gpt2_sampler import TextRenderer, Written, joined
+from avray.families.audio_gpt2_step import GPT2Step
 from avray.family import Options, Request
 from avray.media import Audio
 from avray.nn.augment import Augment, change_speed, hz_of, mel_of
+from avray.nn.listening import Heard
 from tests.tiny_codec import RATE_HZ, WIDTH, TinyConfig
 
 WORDS = ("no", "yes", "go")
@@ -323,3 +326,34 @@ def test_augmentation_is_seeded_masks_padding_and_off_does_nothing():
     for row, length in enumerate(one[1]):
         assert (one[0][row, int(length):] == 0).all()
     assert not torch.equal(one[0], augment(frames, lengths, torch.Generator().manual_seed(2))[0][:, : one[0].shape[1]])
+
+
+@pytest.mark.parametrize("listen", ["gated", "last"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_lean_step_is_the_networks_own(listen, rows):
+    """Against transformers' forward and the hooks, on prompts of several lengths and sounds, one of them absent."""
+    family = tiny(listen=listen, listen_every=2 if listen == "gated" else 1)
+    model, fitted = built(family)
+    torch.nn.init.normal_(model.base.transformer.wpe.weight, std=0.3, generator=torch.Generator().manual_seed(2))
+    lean = GPT2Step(model)
+    caches = [SlotCache(model.base, rows, 24) for _ in range(2)]
+    batch = family.collate(rows_of(rows), fitted)
+    frames = batch["frames"].clone()
+    if rows > 1:
+        frames[1] = 0
+    with torch.inference_mode():
+        heard = model.hear(batch["audio"], frames)
+        lean.listen(heard)
+        at = [0] * rows
+        for row in range(1, rows):
+            at[row] = 2 * row
+            for cache in caches:
+                own = [Heard(*(part[row : row + 1] for part in vars(one).values())) for one in heard]
+                with model.listening(own):
+                    cache.prefill(model.base, row, torch.arange(2 * row))
+        for step in range(5):
+            tokens = torch.arange(rows) * 7 + step
+            with model.listening(heard):
+                expected = caches[0].step(model.base, tokens, at)
+            torch.testing.assert_close(lean(caches[1], tokens, at), expected, atol=1e-5, rtol=1e-4)
+            at = [place + 1 for place in at]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -471,3 +472,50 @@ def test_a_background_error_is_raised_at_the_next_call(tmp_path: Path) -> None:
     saver.save(tmp_path / "blocked", 4, content())
     with pytest.raises(CheckpointError, match="Saving .*blocked"):
         saver.close()
+
+
+# What a run never changes ------------------------------------------------------------------------------------------
+
+def with_base(value: float, base: float = 7.0) -> Content:
+    tied = torch.full((50, 40), base)
+    model = {"weight": torch.full((3, 2), value), "base.tokens": tied, "base.head": tied}
+    return content(value, model=model, ema={**model, "weight": torch.full((3, 2), value / 2)},
+                   unchanging=frozenset({"base.tokens", "base.head"}))
+
+
+def test_a_frozen_base_is_saved_once_under_its_hash(tmp_path: Path) -> None:
+    folders = [ck.save(tmp_path, step, with_base(float(step))) for step in (1, 2, 3)]
+    bases = list((tmp_path / "checkpoints").glob("base-*"))
+    assert len(bases) == 1 and hashlib.sha256(bases[0].read_bytes()).hexdigest() in bases[0].name
+    for step, folder in enumerate(folders, 1):
+        assert set(load_file(folder / "model.safetensors")) == {"weight"}
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 50 * 40 * 4
+        opened = Checkpoint.open(folder)
+        assert opened.weights("model")["base.head"].eq(7).all()
+        assert opened.weights("ema")["base.tokens"].shape == (50, 40)
+        assert opened.weights("model")["weight"].eq(step).all() and opened.weights("best")["weight"].eq(step / 2).all()
+    ck.prune(tmp_path, keep_last=1)
+    ck.sweep(tmp_path)
+    assert bases[0].exists() and ck.newest(tmp_path) == folders[2]
+    ck.save(tmp_path, 4, with_base(4.0, base=8.0))
+    assert len(list((tmp_path / "checkpoints").glob("base-*"))) == 2, "another base has another name"
+
+
+def test_a_base_that_is_gone_or_damaged(tmp_path: Path) -> None:
+    folder = ck.save(tmp_path, 1, with_base(1.0))
+    base, = (tmp_path / "checkpoints").glob("base-*")
+    copied = tmp_path / "elsewhere/step"
+    copied.parent.mkdir()
+    shutil.copytree(folder, copied)
+    with pytest.raises(CheckpointError, match="copy that file beside it"):
+        Checkpoint.open(copied)
+    shutil.copy(base, copied)
+    assert Checkpoint.open(copied).weights("model")["base.head"].eq(7).all()
+    data = bytearray(base.read_bytes())
+    data[-1] ^= 1
+    base.write_bytes(data)
+    with pytest.raises(CheckpointError, match="base-.* is damaged"):
+        Checkpoint.open(folder)
+    reseal(folder, base={"name": "../../secret.safetensors", "bytes": 1})
+    with pytest.raises(CheckpointError, match="no name of a base"):
+        Checkpoint.open(folder)

@@ -5,6 +5,7 @@ rename. So a kill at any moment leaves the checkpoint before untouched and at mo
 :func:`sweep` removes. Nothing here is pickled or unpickled: tensors are safetensors, everything else is JSON.
 
     runs/<name>/best, last                       relative links (or small text files with the same path)
+    runs/<name>/checkpoints/base-….safetensors   weights that the run never changes, once, named by their SHA-256
     runs/<name>/checkpoints/step-00000100/
         model.safetensors  ema.safetensors       weights; tied ones are stored once
         trainer.safetensors  trainer.json        optimiser, schedule, position, random states; optional

@@ -23,6 +23,7 @@ from avray.checkpoint.store import (
     MANIFEST,
     TRAINER,
     WEIGHTS,
+    base_path,
     offer,
     read_json,
     read_manifest,
@@ -102,7 +103,9 @@ class Checkpoint:
         has_average = EMA in self.manifest["files"]
         if which == "ema" and not has_average:
             raise CheckpointError(f"{self.path} keeps no average of the weights: take its model or best weights.")
-        return _read_tensors(self.path / (EMA if has_average and which != "model" else "model.safetensors"))
+        own = _read_tensors(self.path / (EMA if has_average and which != "model" else "model.safetensors"))
+        base = self.manifest.get("base")
+        return own if base is None else _read_tensors(base_path(self.path, base["name"])) | own
 
     def load_into(self, module: nn.Module, which: Which = "best") -> None:
         """Fill a module, which may be on the meta device (it comes out on the CPU; move it afterwards).
@@ -152,7 +155,11 @@ def _version_1(folder: Path, documents: Documents) -> None:
     documents[MANIFEST]["figures"] = read_json(trainer).get("figures", {}) if trainer.exists() else {}
 
 
-MIGRATIONS: dict[int, Callable[[Path, Documents], None]] = {1: _version_1}
+def _version_2(folder: Path, documents: Documents) -> None:
+    """Version 2 kept all weights in each checkpoint."""
+
+
+MIGRATIONS: dict[int, Callable[[Path, Documents], None]] = {1: _version_1, 2: _version_2}
 """Each turns the documents of its version, in place, into those of the next."""
 
 

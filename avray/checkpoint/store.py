@@ -21,7 +21,7 @@ from typing import Any
 
 from avray.errors import CheckpointError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 MAX_JSON_BYTES = 64 << 20
@@ -35,6 +35,9 @@ WEIGHTS = (
 )
 EMA = "ema.safetensors"
 TRAINER = ("trainer.safetensors", "trainer.json")
+
+BASE = re.compile(r"base-[0-9a-f]{64}\.safetensors")
+"""Weights that do not change during a run, beside its checkpoints and named by their SHA-256."""
 
 _STALE_S = 3600.0
 _PICKLES = (".pt", ".pth", ".pt2", ".th", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npy", ".npz")
@@ -109,6 +112,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not isinstance(manifest["format_version"], int) or not isinstance(manifest["step"], int):
             raise TypeError("format_version and step are whole numbers")
         sizes = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
+        base = manifest.get("base")
+        if base is not None and not BASE.fullmatch(base["name"]):
+            raise ValueError(f"{base['name']!r} is no name of a base")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is no manifest of avray: {error!r}.") from error
     for name, num_bytes in sizes.items():
@@ -121,7 +127,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is missing.")
         if path.stat().st_size != num_bytes:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes in place of {num_bytes}.")
+    if base is not None:
+        base_path(folder, base["name"])
     return manifest
+
+
+def base_path(folder: Path, name: str) -> Path:
+    """Where a checkpoint's base lies: beside its folder or, copied along, in it. CheckpointError where it is not."""
+    for place in (folder.parent, folder):
+        if (place / name).is_file():
+            return place / name
+    raise CheckpointError(f"{folder} needs {name}, the weights it shares with the run's other checkpoints: copy that "
+                          f"file beside it or into it.")
 
 
 def verify(folder: Path, manifest: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
@@ -140,6 +157,12 @@ def verify(folder: Path, manifest: Mapping[str, Any], names: Iterable[str] | Non
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}.") from error
     damaged = [str(folder / name) for name, sha in zip(names, found, strict=True) if sha != files[name].get("sha256")]
+    base = manifest.get("base")
+    if base is not None and names:
+        path = base_path(folder, base["name"])
+        with open(path, "rb") as file:
+            if f"base-{hashlib.file_digest(file, 'sha256').hexdigest()}.safetensors" != base["name"]:
+                damaged.append(str(path))
     if damaged:
         raise CheckpointError(f"{', '.join(damaged)} is damaged: its SHA-256 is not the manifest's.")
 

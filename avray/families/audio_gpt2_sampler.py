@@ -19,9 +19,12 @@ from torch.nn import functional as F
 
 from avray.encoders.tokens import Tokens
 from avray.families.audio_gpt2_model import Listener, SlotCache
+from avray.families.audio_gpt2_step import GPT2Step, is_plain_gpt2
 from avray.family import Batch, Modality, Options, Piece
 from avray.nn.listening import Heard
 from avray.nn.sampling import Draw, Drawer, uniforms
+
+GREEDY = Draw(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class TextSampler:
         self.busy: dict[int, Slot] = {}
         self.heard: list[Heard] = []
         self.device = model.base.get_input_embeddings().weight.device
+        self.lean = GPT2Step(model) if is_plain_gpt2(model) else None
+        self.drawers: dict[tuple[Draw, ...], Drawer] = {}
 
     def admit(self, slots: Sequence[int], batch: Batch, seeds: Sequence[int], options: Sequence[Options]) -> None:
         for i, slot in enumerate(slots):
@@ -124,6 +129,8 @@ class TextSampler:
         for kept, heard in zip(self.heard, own, strict=True):
             for name, part in vars(heard).items():
                 getattr(kept, name)[slot] = part[0]
+        if self.lean is not None:
+            self.lean.listen(self.heard)
         with self.model.listening(own):
             before = torch.tensor(state.tokens[:-1], dtype=torch.int64, device=self.device)
             self.cache.prefill(self.model.base, slot, before)
@@ -166,11 +173,26 @@ class TextSampler:
         rows = [self.busy.get(slot) for slot in range(self.slots)]
         plain = [row if row is not None and row.beam is None else None for row in rows]
         last = torch.tensor([row.tokens[-1] if row else self.tokens.end for row in plain], device=self.device)
-        with self.model.listening(self.heard):
-            logits = self.cache.step(self.model.base, last, [len(row.tokens) - 1 if row else 0 for row in plain])
-        drawer = Drawer([row.how.draw if row else Draw() for row in plain], self.device)
+        at = [len(row.tokens) - 1 if row else 0 for row in plain]
+        logits = stepped(self.lean, self.model, self.heard, self.cache, last, at)[:, : self.tokens.size]
+        likeliest = logits.argmax(-1).cpu().numpy()
+        drawn = [row is not None and row.how.temperature > 0 for row in plain]
+        if not any(drawn):
+            return likeliest
+        how = tuple(row.how.draw if row else GREEDY for row in plain)
+        if how not in self.drawers:
+            self.drawers = {how: Drawer(how, self.device)}
         numbers = np.stack([uniforms(row.seed, row.drawn, 1, 1)[0] if row else np.full(1, 0.5) for row in plain])
-        return drawer(logits[:, None, : self.tokens.size], numbers)[:, 0].cpu().numpy()
+        return np.where(drawn, self.drawers[how](logits[:, None], numbers)[:, 0].cpu().numpy(), likeliest)
+
+
+def stepped(lean: GPT2Step | None, model: Listener, heard: Sequence[Heard], cache: SlotCache, tokens: Tensor,
+            at: Sequence[int]) -> Tensor:
+    """Each row's next token; the logits after it."""
+    if lean is not None:
+        return lean(cache, tokens, at)
+    with model.listening(heard):
+        return cache.step(model.base, tokens, at)
 
 
 class Beam:
@@ -188,6 +210,9 @@ class Beam:
         self.scores[0] = 0.0
         self.finished: list[tuple[float, list[int]]] = []
         self.length = len(prompt)
+        self.lean = GPT2Step(model) if is_plain_gpt2(model) else None
+        if self.lean is not None:
+            self.lean.listen(self.heard)
         with model.listening(heard):
             for row in range(size):
                 self.cache.prefill(model.base, row, torch.tensor(prompt[:-1], dtype=torch.int64, device=self.device))
@@ -195,8 +220,7 @@ class Beam:
     def step(self, room: int) -> list[int] | None:
         """The best text once nothing can overtake it or there is no room; None before."""
         last = torch.tensor([(self.prompt + text)[-1] for text in self.texts], device=self.device)
-        with self.model.listening(self.heard):
-            logits = self.cache.step(self.model.base, last, [self.length - 1] * self.size)
+        logits = stepped(self.lean, self.model, self.heard, self.cache, last, [self.length - 1] * self.size)
         scores = self.scores[:, None] + torch.log_softmax(logits.float(), -1)
         best = scores.flatten().topk(2 * self.size)
         drawn = len(self.texts[0]) + 1

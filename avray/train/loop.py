@@ -317,7 +317,8 @@ class Loop:
         figures = {"validation_loss": self.validation.loss, "baselines": self.validation.baselines} \
             if self.validation else {}
         content = Content(model=model, family=job.family_record, fitted=job.fitted, settings=job.settings_record,
-                          ema=ema, trainer=state, figures=figures, card=model_card(job, step, figures))
+                          ema=ema, trainer=state, figures=figures, card=model_card(job, step, figures),
+                          unchanging=frozen(self.model, model))
         run_dir = Path(job.settings.run.dir)
 
         def published(folder: Path) -> None:
@@ -370,6 +371,12 @@ class Loop:
         with torch.profiler.profile(schedule=schedule, record_shapes=True, on_trace_ready=lambda profile: (
                 profile.export_chrome_trace(str(folder / "trace.json")))) as profiler:
             yield profiler
+
+
+def frozen(module: torch.nn.Module, state: Mapping[str, Tensor]) -> frozenset[str]:
+    """Names in ``state`` of what training does not touch, under each name of a tied weight."""
+    return frozenset(name for name, parameter in module.named_parameters(remove_duplicate=False)
+                     if not parameter.requires_grad and name in state)
 
 
 def averaged(module: torch.nn.Module, state: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from avray import checkpoint as checkpoints
 from avray.checkpoint import Content
 from avray.codecs.spectral import Spectral
 from avray.config import ServeSettings
+from avray.families.audio_gpt2 import AudioGPT2
 from avray.families.codec_lm import CodecLM
 from avray.families.continuation import Continuation
 from avray.families.instruct import Instruct
@@ -36,6 +37,8 @@ INSTRUCT = Instruct(Spectral(), segment_s=1.0, network=DiTConfig(width=16, num_l
                     text_heads=2, num_steps=2)
 
 
+AUDIO_GPT2 = AudioGPT2(Spectral(), segment_s=1.0, overlap_s=0.25, context=64, width=16, num_layers=1, num_heads=2,
+                       stem_layers=1)
 NO_KEYS = Keys()
 
 
@@ -55,6 +58,12 @@ def save_instruct(run: Path) -> Path:
     random = np.random.default_rng(0)
     rows = [{"output.latents": random.normal(-8, 1, (length, 128)).astype(np.float16)} for length in (30, 45, 60)]
     return _save(run, INSTRUCT, rows, 4, 0)
+
+
+def save_audio_gpt2(run: Path) -> Path:
+    random = np.random.default_rng(0)
+    return _save(run, AUDIO_GPT2, [{"id": "x", "weight": 1.0, "text": "some words",
+                                    "audio.features": random.normal(-8, 1, (60, 128)).astype(np.float16)}], 7, 0)
 
 
 def _save(run: Path, family: Any, rows: list[dict[str, Any]], step: int, seed: int) -> Path:

@@ -83,6 +83,9 @@ def rates(settings: ScheduleSettings, steps: list[int], max_steps: int = 100) ->
 
 def test_shapes_of_the_rate():
     assert rates(ScheduleSettings("constant", warmup_steps=3), [0, 1, 2, 3, 99]) == [0.5, 1.0, 1.5, 2.0, 2.0]
+    a_tenth = [rates(ScheduleSettings("linear", **given), range(100))
+               for given in ({"warmup_steps": 10}, {"warmup_fraction": 0.1})]
+    assert a_tenth[0] == a_tenth[1]
     assert rates(ScheduleSettings("linear", min_lr_ratio=0.1), [0, 50, 500]) == pytest.approx([2, 1.1, 0.2])
     cosine = rates(ScheduleSettings("cosine", warmup_steps=20, min_lr_ratio=0.5), [20, 40, 60, 100])
     assert cosine == pytest.approx([2.0, 1.5 + 0.5 * math.cos(math.pi / 4), 1.5, 1.0])

@@ -321,13 +321,14 @@ class AudioGPT2:
                 raise ValueError("embedding is missing: this model was trained on vectors that rows bring with them.")
             self._generation(request.options)
             return Prompt({AUDIO: json.dumps(request.fields["embedding"])}, {"text": request.text or ""})
-        if request.audio is None:
-            raise ValueError("audio is missing: this model writes down what it hears.")
+        if request.audio is None and not (request.text and self.audio_dropout):
+            also = ", or a text to go on with" if self.audio_dropout else ""
+            raise ValueError(f"audio is missing: this model writes down what it hears; give a recording{also}.")
         if request.video is not None or request.task is not None:
             raise ValueError(f"{'video' if request.video is not None else 'task'} has no meaning for this model; it "
                              "takes audio, and a text to go on with.")
         self._generation(request.options)
-        return Prompt({AUDIO: request.audio}, {"text": request.text or ""})
+        return Prompt({} if request.audio is None else {AUDIO: request.audio}, {"text": request.text or ""})
 
     def _generation(self, options: Options) -> Generation:
         options.allow("max_tokens", "temperature", "top_k", "top_p", "beams")

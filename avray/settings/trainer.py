@@ -41,6 +41,8 @@ class ScheduleSettings:
     """After the warm-up: constant, down in a line, down a half cosine, or cut when validation stalls."""
     warmup_steps: int = 0
     """Steps from 0 to the full rate, in a line."""
+    warmup_fraction: float = 0.0
+    """The same as a share of the whole run, instead of ``warmup_steps``."""
     min_lr_ratio: float = 0.0
     """What linear and cosine end at and plateau stops at, as a share of ``lr``."""
     factor: float = 0.5
@@ -51,7 +53,9 @@ class ScheduleSettings:
     def __post_init__(self) -> None:
         check_at_least("trainer.schedule", self, 0, "warmup_steps", "patience")
         check_fraction("trainer.schedule", self, "min_lr_ratio")
-        check_fraction("trainer.schedule", self, "factor", below_one=True)
+        check_fraction("trainer.schedule", self, "factor", "warmup_fraction", below_one=True)
+        if self.warmup_steps and self.warmup_fraction:
+            raise ValueError("trainer.schedule.warmup_steps and warmup_fraction say the same: give one of them.")
 
 
 @dataclass(frozen=True)

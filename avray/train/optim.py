@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,6 +132,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleSettings,
     optimiser's state is restored. ValueError for an unknown name or a warm-up that never ends."""
     if settings.name not in SCHEDULES:
         raise ValueError(f"trainer.schedule.name={settings.name} is unknown: use one of {SCHEDULES}.")
+    if settings.warmup_fraction:
+        settings = replace(settings, warmup_steps=int(settings.warmup_fraction * max_steps), warmup_fraction=0.0)
     if settings.name in ("linear", "cosine") and settings.warmup_steps >= max_steps > 1:
         raise ValueError(f"trainer.schedule.warmup_steps={settings.warmup_steps} leaves nothing of "
                          f"trainer.max_steps={max_steps} for {settings.name}: lower it or train longer.")

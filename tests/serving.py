@@ -35,8 +35,6 @@ CODEC_LM = CodecLM(Spectral(), num_codebooks=2, segment_s=0.4, text="caption", t
                    num_layers=1, num_heads=2)
 INSTRUCT = Instruct(Spectral(), segment_s=1.0, network=DiTConfig(width=16, num_layers=2, num_heads=2), text_layers=1,
                     text_heads=2, num_steps=2)
-
-
 AUDIO_GPT2 = AudioGPT2(Spectral(), segment_s=1.0, overlap_s=0.25, context=64, width=16, num_layers=1, num_heads=2,
                        stem_layers=1)
 NO_KEYS = Keys()

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -283,6 +284,13 @@ class Mean:
 
     def value(self) -> float:
         return self.total / self.count if self.count else float("nan")
+
+
+class Perplexity(Mean):
+    """Of nats: the exponential of their mean."""
+
+    def value(self) -> float:
+        return math.exp(min(super().value(), 700.0)) if self.count else float("nan")
 
 
 class Metric(Protocol):

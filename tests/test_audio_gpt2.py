@@ -168,6 +168,9 @@ def test_it_learns_to_write_and_to_stop():
         batch = family.collate(rows, fitted)
         sums = family.loss(model, batch, torch.Generator())
     heard, alone = (float(sums[name]) / batch.counts[name] for name in ("per_word", "per_word_without_audio"))
+    figures = family.figures(model, batch, fitted)
+    for name, nats in (("perplexity_per_word", heard), ("perplexity_per_word_without_audio", alone)):
+        assert figures[name].value() == pytest.approx(np.exp(nats), rel=1e-4)
     assert heard < 0.3 and 0.8 < alone < 2.0, "without sound it can only guess one of three words, log 3 nats"
     assert float(family.baselines(batch, fitted)["unigram"]["text"]) > float(sums["text"])
 

@@ -126,7 +126,9 @@ def test_every_verb(ray_session, tmp_path, wavs, spoken, family):
                 "silence_fraction"} <= set(report["metrics"])
         assert "latents of spectral" in (tmp_path / "report" / "report.html").read_text()
     if writes:
-        assert {"wer", "cer", "bleu", "rouge_l"} == set(report["metrics"])
+        assert {"wer", "cer", "bleu", "rouge_l", "perplexity_per_word", "perplexity_per_word_without_audio"} \
+            == set(report["metrics"])
+        assert report["metrics"]["perplexity_per_word"] == pytest.approx(np.exp(report["terms"]["per_word"]), rel=1e-3)
     assert (tmp_path / "report" / "report.html").exists()
     assert writes or (tmp_path / "report" / "spectrograms.png").exists()
 

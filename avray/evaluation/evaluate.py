@@ -115,7 +115,10 @@ def held_out_figures(checkpoint: Checkpoint, family: Family, plan: Plan, cache: 
     for step in range(last):
         batch = family.collate(gather(plan, cache, columns, order.step(0, step)), fitted).to(device)
         for name, mean in family.figures(model, batch, fitted).items():
-            found.setdefault(name, Mean()).merge(mean)
+            if name in found:
+                found[name].merge(mean)
+            else:
+                found[name] = mean
     return {name: mean.value() for name, mean in found.items()}
 
 

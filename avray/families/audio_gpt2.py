@@ -31,7 +31,21 @@ from avray.errors import MissingDependency
 from avray.families.audio_gpt2_model import Adapt, Listen, Listener, ListenerConfig, Stem
 from avray.families.audio_gpt2_sampler import Generation, TextRenderer, TextSampler
 from avray.families.audio_gpt2_windows import spans_of, windows
-from avray.family import Batch, Column, Example, Fitted, Metric, Options, Prompt, Question, Request, Row, Unit
+from avray.family import (
+    Batch,
+    Column,
+    Example,
+    Fitted,
+    Mean,
+    Metric,
+    Options,
+    Perplexity,
+    Prompt,
+    Question,
+    Request,
+    Row,
+    Unit,
+)
 from avray.metrics.text import Bleu, RougeL, TextErrorRate
 from avray.nn.augment import Augment
 from avray.progress import no_weight_bars
@@ -307,6 +321,12 @@ class AudioGPT2:
         targets = batch["targets"]
         total = ((nats[targets.clamp(min=0)] * (targets >= 0)).sum(1) * batch["weight"]).sum()
         return {"unigram": {"text": total, "per_word": total, "per_word_without_audio": total}}
+
+    def figures(self, model: nn.Module, batch: Batch, fitted: Fitted) -> dict[str, Mean]:
+        """How many words it hesitates between, with the sound and without: the difference is what listening adds."""
+        sums = self.loss(model, batch, torch.Generator(batch["weight"].device))
+        return {name.replace("per_word", "perplexity_per_word"): Perplexity(float(sums[name].detach()), batch.counts[name])
+                for name in ("per_word", "per_word_without_audio")}
 
     # Generation
 

@@ -325,7 +325,7 @@ class AudioGPT2:
     def figures(self, model: nn.Module, batch: Batch, fitted: Fitted) -> dict[str, Mean]:
         """How many words it hesitates between, with the sound and without: the difference is what listening adds."""
         sums = self.loss(model, batch, torch.Generator(batch["weight"].device))
-        return {name.replace("per_word", "perplexity_per_word"): Perplexity(float(sums[name].detach()), batch.counts[name])
+        return {f"perplexity_{name}": Perplexity(float(sums[name].detach()), batch.counts[name])
                 for name in ("per_word", "per_word_without_audio")}
 
     # Generation

@@ -14,15 +14,18 @@ import pytest
 import torch
 
 from avray.cli import GENERATE, PREPARE, TRAIN, compose, without_aliases
+from avray.codecs.spectral import Spectral
 from avray.config import DataSettings
 from avray.data.cache import Cache
 from avray.data.dataset import open_dataset
+from avray.data.embed import Embedder
 from avray.data.embeddings import write_chunks, write_embeddings
 from avray.data.manifest import load_manifest
-from avray.engine import Engine, Generator
+from avray.engine import Engine, Generator, resampled
 from avray.errors import DataError
 from avray.families.audio_gpt2 import AudioGPT2
 from avray.family import Request
+from avray.media import read_audio
 from tests.test_manifest import sound
 from tests.tiny_codec import WIDTH, TinyConfig
 
@@ -74,6 +77,27 @@ def test_three_hours_with_times_are_windows(tmp_path: Path) -> None:
     assert dataset.choice.by == "span" and not dataset.manifest.rejects
     units = [unit for plan in dataset.plans.values() for shard in plan.shards for unit in shard.units]
     assert len(units) > 600 and max(unit.duration_s for unit in units) <= 20
+
+
+def test_frames_of_overlapping_windows_are_those_of_the_whole(tmp_path: Path) -> None:
+    """A recording over a minute goes through the network as a stream."""
+    sound(tmp_path / "talk.wav", 70.0)
+    (tmp_path / "talk.ctm").write_text("".join(f"talk 1 {0.37 * i:.3f} 0.37 w{i}\n" for i in range(180)))
+    family = AudioGPT2(Spectral(), segment_s=8.0, overlap_s=3.0)
+    data = DataSettings(path=str(tmp_path / "talk.wav"), cache=str(tmp_path / "cache"), validation_fraction=0.0)
+    plan = open_dataset(family, data).plans["train"]
+    cache, column = Cache(data.cache), family.columns(None)[0]
+    whole, = Spectral().load("cpu").encode_batch([resampled(read_audio(str(tmp_path / "talk.wav")), 24_000)])
+    number = 0
+    for shard in plan.shards:
+        assert Embedder(column, cache).ensure(shard)
+        for unit, frames in zip(shard.units, cache.read(shard, column), strict=True):
+            first = round(unit.start_s * 75)
+            assert len(frames) == round(unit.duration_s * 75) <= 600
+            inner = slice(3, -3)  # where the recording is entered, the resampler's edge differs
+            np.testing.assert_allclose(frames[inner], whole[first : first + len(frames)][inner], atol=0.02)
+            number += 1
+    assert number >= 12
 
 
 # The original's .pt -------------------------------------------------------------------------------------------------

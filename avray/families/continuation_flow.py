@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from avray.family import Batch, Fitted, Options, Piece
-from avray.nn.dit import level_waves, modulated
+from avray.nn.dit import level_waves
 from avray.nn.flow import Solver, Walk, draw_levels
 from avray.nn.kv_cache import CachedTransformer
 from avray.nn.transformer import Transformer, TransformerConfig
@@ -133,7 +133,8 @@ class FlowHead(nn.Module):
         x = self.enter(x)
         for modulate, up, down in zip(self.modulate, self.up, self.down, strict=True):
             shift, scale, gate = modulate(state).chunk(3, -1)
-            x = x + (1 + gate) * down(F.silu(up(modulated(x, shift, scale))))
+            hidden = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+            x = x + (1 + gate) * down(F.silu(up(hidden)))
         return self.leave(F.layer_norm(x, x.shape[-1:]))
 
 

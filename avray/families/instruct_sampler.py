@@ -60,14 +60,14 @@ def branches_of(how: Generation, has_text: bool, has_aligned: bool) -> list[Bran
 
 @dataclass
 class _Slot:
-    """``modulations`` hold, for each branch and each level that the walk asks at, a row of the transformer's norms."""
+    """``modulations`` hold, for each branch and each level that the walk asks at, what the transformer's norms take."""
 
     frames: Tensor
     how: Generation
     branches: list[Branch]
     contexts: list[Context]
-    modulations: list[list[Tensor]]
-    levels: dict[float, int]
+    modulations: list[dict[float, list[tuple[Tensor, ...]]]]
+    angles: Tensor
     index: int = 0
 
 
@@ -108,9 +108,11 @@ class FlowSampler:
             conditions = model.condition(asked, batch, torch.tensor([number], device=device), number, *flags)
             contexts.append(model.network.context(conditions.compact()))
             rows = conditions.summary.expand(len(levels), -1)
-            modulations.append(model.network.modulations(torch.tensor(levels, device=device), rows))
+            found = model.network.modulations(torch.tensor(levels, device=device), rows)
+            modulations.append({level: [tuple(part[at : at + 1] for part in parts) for parts in found]
+                                for at, level in enumerate(levels)})
         noise = torch.randn(1, number, width, generator=torch.Generator().manual_seed(seed)).to(device)
-        return _Slot(noise, how, branches, contexts, modulations, {level: i for i, level in enumerate(levels)})
+        return _Slot(noise, how, branches, contexts, modulations, model.network.angles(number, device))
 
     @torch.inference_mode()
     def step(self) -> list[Piece]:
@@ -126,7 +128,6 @@ class FlowSampler:
         return pieces
 
     def _velocity(self, slot: _Slot, x: Tensor, level: float) -> Tensor:
-        at = slot.levels[level]
-        found = [self.model.network.run(x, context, [rows[at : at + 1] for rows in modulations], None)
+        found = [self.model.network.run(x, context, modulations[level], None, slot.angles)
                  for context, modulations in zip(slot.contexts, slot.modulations, strict=True)]
         return guided(torch.cat(found), [branch.weight for branch in slot.branches], slot.how.walk.rescale)[None]

@@ -128,30 +128,39 @@ class DiT(nn.Module):
         blocks = [block.context(conditions.tokens, alone, aligned) for block in self._blocks()]
         return Context(blocks, None if alone or bool(mask.all()) else mask[:, None, None, :])
 
-    def modulations(self, levels: Float[Tensor, " batch"], summary: Float[Tensor, "batch width"]) -> list[Tensor]:
-        """Six shifts, scales and gates for each block ``[batch, 1, 6 * width]``, and two for the end."""
+    def modulations(self, levels: Float[Tensor, " batch"],
+                    summary: Float[Tensor, "batch width"]) -> list[tuple[Tensor, ...]]:
+        """For each block twice a shift, a factor and a gate ``[batch, 1, width]``, for the end a shift and a factor."""
         state = self.level(level_waves(levels).to(summary.dtype)) + summary
         state = F.silu(state)[:, None]
         shared = None if self.shared is None else self.shared(state)
-        return [block.modulation(state, shared) for block in self._blocks()] + [self.last(state)]
+        found = [block.modulation(state, shared).chunk(6, -1) for block in self._blocks()]
+        shift, scale = self.last(state).chunk(2, -1)
+        return [*((s1, 1 + f1, g1, s2, 1 + f2, g2) for s1, f1, g1, s2, f2, g2 in found), (shift, 1 + scale)]
 
-    def run(self, x: Float[Tensor, "batch time channels"], context: Context, modulations: list[Tensor],
-            valid: Bool[Tensor, "batch time"] | None) -> Float[Tensor, "batch time channels"]:
+    def angles(self, time: int, device: torch.device) -> Tensor:
+        """Of the rotary positions of ``time`` frames."""
+        positions = torch.arange(-(-time // self.config.patch), device=device)
+        return rotary(positions, self.config.width // self.config.num_heads, 10_000.0)
+
+    def run(self, x: Float[Tensor, "batch time channels"], context: Context, modulations: list[tuple[Tensor, ...]],
+            valid: Bool[Tensor, "batch time"] | None, angles: Tensor | None = None,
+            ) -> Float[Tensor, "batch time channels"]:
         time, patch = x.shape[1], self.config.patch
+        angles = self.angles(time, x.device) if angles is None else angles
         x = self.enter(self.patches(x))
         if valid is not None:
             if patch > 1:
                 valid = F.pad(valid, (0, -time % patch)).unflatten(1, (-1, patch)).any(-1)
             valid = None if bool(valid.all()) else valid[:, None, None, :]
-        angles = rotary(torch.arange(x.shape[1], device=x.device), self.config.width // self.config.num_heads, 10_000.0)
         skips: list[Tensor] = []
         for index, block in enumerate(self._blocks()):
             skip = skips.pop() if index >= self.config.num_layers // 2 else None
             x = block(x, skip, context.blocks[index], context.text_mask, modulations[index], angles, valid)
             if skip is None:
                 skips.append(x)
-        shift, scale = modulations[-1].chunk(2, -1)
-        return self.leave(modulated(x, shift, scale)).unflatten(2, (patch, -1)).flatten(1, 2)[:, :time]
+        shift, factor = modulations[-1]
+        return self.leave(modulated(x, shift, factor)).unflatten(2, (patch, -1)).flatten(1, 2)[:, :time]
 
     def patches(self, frames: Tensor) -> Tensor:
         """``[batch, time, width]`` -> ``[batch, time / patch, patch * width]``, the end filled with zeros."""
@@ -201,17 +210,17 @@ class Block(nn.Module):
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, skip: Tensor | None, context: BlockContext, text_mask: Tensor | None,
-                modulation: Tensor, angles: Tensor, valid: Tensor | None) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
+                modulation: tuple[Tensor, ...], angles: Tensor, valid: Tensor | None) -> Tensor:
+        shift1, factor1, gate1, shift2, factor2, gate2 = modulation
         if skip is not None:
             assert self.skip is not None
             x = self.skip(torch.cat([x, skip], -1))
         if context.fused is not None:
             x = x + context.fused
-        query, key, value = map(self.heads, self.qkv(modulated(x, shift1, scale1)).chunk(3, -1))
+        query, key, value = map(self.heads, self.qkv(modulated(x, shift1, factor1)).chunk(3, -1))
         query, key = rotate(self.query_norm(query), angles), rotate(self.key_norm(key), angles)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=valid)
-        x = x + gate1 * self.out(attended.transpose(1, 2).flatten(2))
+        x = torch.addcmul(x, gate1, self.out(attended.transpose(1, 2).flatten(2)))
         if context.alone is not None:
             x = x + context.alone
         else:
@@ -219,8 +228,8 @@ class Block(nn.Module):
             query = self.heads(self.ask(self.ask_norm(x)))
             heard = F.scaled_dot_product_attention(query, context.key, context.value, attn_mask=text_mask)
             x = x + self.ask_out(heard.transpose(1, 2).flatten(2))
-        hidden = F.gelu(self.up(modulated(x, shift2, scale2)), approximate="tanh")
-        return x + gate2 * self.down(F.dropout(hidden, self.dropout, self.training))
+        hidden = F.gelu(self.up(modulated(x, shift2, factor2)), approximate="tanh")
+        return torch.addcmul(x, gate2, self.down(F.dropout(hidden, self.dropout, self.training)))
 
 
 def level_waves(levels: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch waves"]:
@@ -230,5 +239,8 @@ def level_waves(levels: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch waves"
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+def modulated(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """The norm of ``x`` times a factor plus a shift, each the same along time: for a single row in one call."""
+    if x.ndim == 3 and len(x) == 1 and not torch.is_grad_enabled():
+        return F.layer_norm(x, x.shape[-1:], factor[0, 0], shift[0, 0])
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), factor)

@@ -127,8 +127,8 @@ def normalise(fields: Mapping[str, Any], roots: Roots) -> Row:
     for name in MEDIA_FIELDS:
         if name in row:
             row[name] = roots.resolve(_media(name, row[name]))
-    if not any(name in row for name in (*MEDIA_FIELDS, "text", "output", "embedding")):
-        raise Unusable("it names no audio, video, text, output or embedding")
+    if not any(name in row for name in (*MEDIA_FIELDS, "text", "notes", "output", "embedding")):
+        raise Unusable("it names no audio, video, text, notes, output or embedding")
     return row
 
 

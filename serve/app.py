@@ -14,6 +14,9 @@ from avray.config import AppSettings
 
 def main(settings: AppSettings) -> str:
     """Serve until interrupted; with ``cluster=`` load into, or unload from, the server that runs there."""
+    from avray.serving.environment import set_environment
+
+    set_environment(settings.serve.proxy if settings.cluster is None else None)
     from avray.serving import launch
 
     return launch.run(settings)

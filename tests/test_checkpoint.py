@@ -519,3 +519,14 @@ def test_a_base_that_is_gone_or_damaged(tmp_path: Path) -> None:
     reseal(folder, base={"name": "../../secret.safetensors", "bytes": 1})
     with pytest.raises(CheckpointError, match="no name of a base"):
         Checkpoint.open(folder)
+
+
+def test_a_trial_that_takes_over_anothers_checkpoint_takes_its_base_too(tmp_path: Path) -> None:
+    from avray.tuning.trial import copy_checkpoint
+
+    folder = ck.save(tmp_path / "donor", 1, with_base(1.0))
+    (tmp_path / "heir").mkdir()
+    copied = copy_checkpoint(folder, tmp_path / "heir")
+    shutil.rmtree(tmp_path / "donor")
+    assert Checkpoint.open(copied).weights("model")["base.head"].eq(7).all()
+    assert ck.newest(tmp_path / "heir") == copied

@@ -104,8 +104,13 @@ class Checkpoint:
         if which == "ema" and not has_average:
             raise CheckpointError(f"{self.path} keeps no average of the weights: take its model or best weights.")
         own = _read_tensors(self.path / (EMA if has_average and which != "model" else "model.safetensors"))
+        return own if self.base is None else _read_tensors(self.base) | own
+
+    @property
+    def base(self) -> Path | None:
+        """The file of the weights that this run never changes, if it has one: a copy elsewhere needs it too."""
         base = self.manifest.get("base")
-        return own if base is None else _read_tensors(base_path(self.path, base["name"])) | own
+        return None if base is None else base_path(self.path, base["name"])
 
     def load_into(self, module: nn.Module, which: Which = "best") -> None:
         """Fill a module, which may be on the meta device (it comes out on the CPU; move it afterwards).

@@ -202,8 +202,8 @@ class SlotCache:
         self.row: int | None = None
         """The one row that a prompt goes into; None while all rows step."""
         self.at = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self._places = torch.arange(context, device=self.device)
-        self._every = torch.arange(rows, device=self.device)
+        self.places = torch.arange(context, device=self.device)
+        self.every = torch.arange(rows, device=self.device)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -218,7 +218,7 @@ class SlotCache:
                 old[self.row, :, : new.shape[2]] = new[0]
             return keys, values
         for old, new in zip(kept, (keys, values), strict=True):
-            old[self._every, :, self.at] = new[:, :, 0]
+            old[self.every, :, self.at] = new[:, :, 0]
         return kept
 
     def prefill(self, base: nn.Module, row: int, tokens: Int[Tensor, " time"]) -> None:
@@ -229,14 +229,14 @@ class SlotCache:
         try:
             mask = causal_mask(len(tokens), self.device)
             base(input_ids=tokens[None], attention_mask=mask, past_key_values=self, use_cache=True,
-                 position_ids=self._places[None, : len(tokens)], logits_to_keep=1)
+                 position_ids=self.places[None, : len(tokens)], logits_to_keep=1)
         finally:
             self.row = None
 
     def step(self, base: nn.Module, tokens: Int[Tensor, " rows"], at: Sequence[int]) -> Float[Tensor, "rows ids"]:
         """Each row's next token, standing at ``at``; the logits after it. A row nobody uses may stand at 0."""
         self.at = torch.tensor(at, device=self.device)
-        mask = (self._places <= self.at[:, None])[:, None, None]
+        mask = (self.places <= self.at[:, None])[:, None, None]
         return base(input_ids=tokens[:, None], attention_mask=mask, past_key_values=self, use_cache=True,
                     position_ids=self.at[:, None]).logits[:, -1]
 

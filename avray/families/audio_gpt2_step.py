@@ -126,7 +126,7 @@ class GPT2Step:
         mask, length = None, longest
         if rows > 1:
             length = min(-(-longest // ROUND) * ROUND, cache.context)
-            mask = torch.where(cache._places[:length] <= places[:, None], 0.0, -torch.inf).to(x.dtype)[:, None, None]
+            mask = torch.where(cache.places[:length] <= places[:, None], 0.0, -torch.inf).to(x.dtype)[:, None, None]
         for index, block in enumerate(self.blocks):
             bias, weight = block.qkv
             query, key, value = torch.addmm(bias, block.norm1(x), weight).view(rows, 3, heads, 1, head).unbind(1)
@@ -135,8 +135,8 @@ class GPT2Step:
                 keys[:, :, longest - 1 : longest] = key
                 values[:, :, longest - 1 : longest] = value
             else:
-                keys[cache._every, :, places] = key[:, :, 0]
-                values[cache._every, :, places] = value[:, :, 0]
+                keys[cache.every, :, places] = key[:, :, 0]
+                values[cache.every, :, places] = value[:, :, 0]
             mixed = F.scaled_dot_product_attention(query, keys[:, :, :length], values[:, :, :length], attn_mask=mask)
             bias, weight = block.out
             x = x + torch.addmm(bias, mixed.view(rows, width), weight)

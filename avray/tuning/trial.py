@@ -273,9 +273,11 @@ def copy_checkpoint(source: Path, folder: Path) -> Path:
     """``source`` becomes the only checkpoint of the run in ``folder``, its best and its last."""
     from avray.checkpoint import Checkpoint
 
-    Checkpoint.open(source)  # hashed: a donor that was pruned or damaged is an error, not a silent mixture
+    opened = Checkpoint.open(source)  # hashed: a donor that was pruned or damaged is an error, not a silent mixture
     beside = folder / f"donor-{time.time_ns()}"
     shutil.copytree(source, beside / source.name)
+    if opened.base is not None:
+        shutil.copy(opened.base, beside / opened.base.name)
     for name in ("best", "last", "summary.json"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

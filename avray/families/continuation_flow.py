@@ -33,9 +33,9 @@ class FlowHeadConfig:
     """The transformer has the family's layers and heads at ``width``. ``context`` is how many frames it hears at most;
     ``draws`` how often a frame's flow is learnt from in a step."""
 
-    width: int = 192
-    head_width: int = 256
-    head_layers: int = 3
+    width: int = 128
+    head_width: int = 192
+    head_layers: int = 2
     context: int = 1024
     draws: int = 2
     history_noise: float = 0.3

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from avray.codecs.base import CodecConfig, Latents
-from avray.encoders.tokens import Bytes
+from avray.encoders.text_states import TextStates
 from avray.errors import DataError
 from avray.families.continuation import LatentsRenderer
+from avray.families.instruct_batch import LATENTS, OUTPUT, SOUND, STATES, Layout, byte_ids, collate
+from avray.families.instruct_figures import task_metrics
 from avray.families.instruct_model import InstructModel
 from avray.families.instruct_sampler import FlowSampler, Generation
 from avray.families.instruct_tasks import (
@@ -33,9 +35,7 @@ from avray.families.instruct_tasks import (
     TASKS,
     Condition,
     conditions_of,
-    end_of,
     parse_notes,
-    piano_roll,
 )
 from avray.family import (
     Batch,
@@ -51,25 +51,11 @@ from avray.family import (
     Row,
     Unit,
 )
-from avray.media import Audio
-from avray.metrics.accumulators import (
-    AlignedMelCepstralDistortion,
-    DurationError,
-    LogSpectralDistance,
-    MelCepstralDistortion,
-    OnsetF1,
-    PitchError,
-    SiSdr,
-    Stoi,
-    TempoError,
-    audio_metrics,
-)
-from avray.metrics.frechet import FrechetDistance
+from avray.metrics.accumulators import PitchError, audio_metrics
 from avray.nn.conditioning import AdapterConfig
 from avray.nn.dit import DiTConfig
 from avray.nn.flow import Solver, Walk, best_linear_loss, draw_levels, mixed
 
-OUTPUT, SOUND, LATENTS = "output", "sound", "latents"
 _SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 
 
@@ -83,6 +69,9 @@ class Instruct:
     segment_s: float = 4.0
     network: DiTConfig = DiTConfig()
     adapter: AdapterConfig = AdapterConfig()
+    text_encoder: TextStates | None = None
+    """Reads descriptions and instructions, frozen, its output kept in the cache; null: bytes, trained with the model.
+    Spoken texts are bytes in any case."""
     text_layers: int = 2
     text_heads: int = 3
     max_text: int = 512
@@ -146,8 +135,8 @@ class Instruct:
         try:
             given = conditions_of(task, row)
             parse_notes(given.get("notes") or (), "its notes", row["duration_s"])
-            self._ids(str(row.get("text") or ""), "its text")
-            self._ids(str(row.get("instruction") or ""), "its instruction")
+            byte_ids(str(row.get("text") or ""), "its text", self.max_text)
+            byte_ids(str(row.get("instruction") or ""), "its instruction", self.max_text)
         except ValueError as error:
             return str(error)
         return None
@@ -170,17 +159,30 @@ class Instruct:
         if "sound" not in given:
             if duration > self.segment_s + 1e-6:
                 return []
-            unit = Unit(row["audio"], "audio", start, duration)
-            return [Example(str(row["id"]), {OUTPUT: unit}, fields, row.get("weight", 1.0))]
+            units = {OUTPUT: Unit(row["audio"], "audio", start, duration), **self._text_units(fields)}
+            return [Example(str(row["id"]), units, fields, row.get("weight", 1.0))]
         length = min(self.segment_s, duration)
         wanted = row.get("target_audio") or row["audio"]
         examples = []
         for index in range(int(duration / length + 1e-6)):
             at = round(start + index * length, 6)
             recipe = "" if row.get("target_audio") else self._recipe(task, f"{row['id']}@{at:.3f}")
-            units = {OUTPUT: Unit(wanted, "audio", at, length), SOUND: Unit(row["audio"], "audio", at, length, recipe)}
+            units = {OUTPUT: Unit(wanted, "audio", at, length), SOUND: Unit(row["audio"], "audio", at, length, recipe),
+                     **self._text_units(fields)}
             examples.append(Example(f"{row['id']}@{at:.3f}", units, fields, row.get("weight", 1.0)))
         return examples
+
+    def _read(self, fields: Mapping[str, Any]) -> dict[str, str]:
+        """The texts that a frozen encoder reads for a row or request of these fields."""
+        if self.text_encoder is None:
+            return {}
+        described = "text" in TASKS[fields["task"]].takes
+        names = [name for name in ("text", "instruction")
+                 if fields.get(name) and (described if name == "text" else self.adapter.name != "plain")]
+        return {name: str(fields[name]) for name in names}
+
+    def _text_units(self, fields: Mapping[str, Any]) -> dict[str, Unit]:
+        return {name: Unit(text, "text") for name, text in self._read(fields).items()}
 
     def _recipe(self, task: str, example: str) -> str:
         if TASKS[task].recipe == "lowpass":
@@ -193,7 +195,10 @@ class Instruct:
         return f"noise:snr_db={self.noise_snr_db:g}:seed={seed}{source}"
 
     def columns(self, fitted: Fitted | None) -> list[Column]:
-        return [Column(LATENTS, Latents(self.codec))]
+        latents = Column(LATENTS, Latents(self.codec))
+        if self.text_encoder is None:
+            return [latents]
+        return [latents, Column(STATES, self.text_encoder, "text", roles=("text", "instruction"))]  # type: ignore[arg-type]
 
     def fit(self, rows: Iterator[Row]) -> Fitted:
         """Mean and scale of each channel, and of the logarithm of the seconds."""
@@ -209,68 +214,17 @@ class Instruct:
         scale = np.maximum(scale, max(0.01 * scale.max(), 1e-6))
         return Fitted({"mean": mean.astype(np.float32), "scale": scale.astype(np.float32)},
                       {"codec": self.codec.column_id(), "width": codec.width, "frame_rate_hz": codec.frame_rate_hz,
+                       "text_width": self.text_encoder.load("cpu").width if self.text_encoder else 0,
+                       "text_column": self.text_encoder.column_id() if self.text_encoder else "",
                        "log_seconds": [float(np.mean(seconds)), max(float(np.std(seconds)), 0.1)]})
 
+    @property
+    def _layout(self) -> Layout:
+        return Layout(self.conditions, self.segment_s, self.max_text, self.adapter.name != "plain",
+                      self.text_encoder is not None)
+
     def collate(self, rows: Sequence[Row], fitted: Fitted) -> Batch:
-        """``output`` ``[batch, time, width]`` with ``lengths`` ``[batch]`` of it and ``weight`` ``[batch]``; each
-        condition as the tasks take them: ids of ``text``, ``spoken`` and ``instruction`` with ``…_valid``, frames of
-        ``notes`` and ``sound`` with ``…_there``. A request has no output; its length is its notes' or its sound's, or
-        0."""
-        rate, width = fitted.data["frame_rate_hz"], fitted.data["width"]
-        outputs = [row.get(f"{OUTPUT}.{LATENTS}") if row["weight"] else None for row in rows]
-        given = [_given(row) if row["weight"] else {} for row in rows]
-        lengths = [len(output) if output is not None else self._length(conditions, rate)
-                   for output, conditions in zip(outputs, given, strict=True)]
-        time = max([1, *lengths])
-        padded = np.zeros((len(rows), time, width), np.float32)
-        for index, output in enumerate(outputs):
-            if output is not None:
-                padded[index, : len(output)] = output
-        weight = np.array([row["weight"] if output is not None else 0.0
-                           for row, output in zip(rows, outputs, strict=True)], np.float32)
-        tensors = {"output": padded, "lengths": np.array(lengths), "weight": weight,
-                   "log_seconds": np.log(np.maximum(lengths, 1) / rate).astype(np.float32),
-                   "seed": np.array([zlib.crc32(str(row.get("id", "")).encode()) for row in rows]),
-                   "told": weight * np.array(["text" in conditions or "spoken" in conditions for conditions in given])}
-        for name in ("text", "spoken"):
-            if name in self.conditions:
-                tensors |= self._texts(name, [str(conditions.get(name, "")) for conditions in given])
-        if self.adapter.name != "plain":
-            tensors |= self._texts("instruction", [str(row.get("instruction") or "") for row in rows])
-        for name, size in (("notes", ROLL_WIDTH), ("sound", width)):
-            if name in self.conditions:
-                frames = np.zeros((len(rows), time, size), np.float32)
-                for index, conditions in enumerate(given):
-                    if name in conditions:
-                        found = (piano_roll(conditions["notes"], lengths[index], rate) if name == "notes"
-                                 else conditions["sound"])[:time]
-                        frames[index, : len(found)] = found
-                tensors |= {name: frames, f"{name}_there": np.array([name in conditions for conditions in given])}
-        counts = {"flow": float(np.dot(weight, lengths)) * width, "duration": float(tensors["told"].sum())}
-        return Batch({name: torch.from_numpy(array) for name, array in tensors.items()}, counts,
-                     [str(row.get("id", "")) for row in rows])
-
-    def _length(self, conditions: Mapping[str, Any], frame_rate_hz: float) -> int:
-        if "sound" in conditions:
-            return len(conditions["sound"])
-        if "notes" in conditions:
-            return max(1, round(min(end_of(conditions["notes"]), self.segment_s) * frame_rate_hz))
-        return 0
-
-    def _ids(self, text: str, whose: str) -> list[int]:
-        ids = Bytes().encode(text)
-        if len(ids) > self.max_text:
-            raise ValueError(f"{whose} has {len(ids)} bytes, over family.max_text = {self.max_text}: shorten it, or "
-                             "train with more")
-        return ids
-
-    def _texts(self, name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Ids from 1; 0 is nothing."""
-        ids = [self._ids(text, name) for text in texts]
-        padded = np.zeros((len(ids), max(1, *map(len, ids), 1)), np.int64)
-        for index, one in enumerate(ids):
-            padded[index, : len(one)] = np.array(one, np.int64) + 1
-        return {name: padded, f"{name}_valid": padded > 0}
+        return collate(rows, fitted, self._layout)
 
     # Model
 
@@ -278,9 +232,13 @@ class Instruct:
         if fitted.data["codec"] != self.codec.column_id():
             raise ValueError(f"codec = {self.codec.name} ({self.codec.column_id()}), but this model was fitted with "
                              f"{fitted.data['codec']}: ask for that one, or train anew.")
+        column = self.text_encoder.column_id() if self.text_encoder else ""
+        if fitted.data.get("text_column", "") != column:
+            raise ValueError("family.text_encoder is not the one that this model was fitted with: ask for that one, or "
+                             "train anew.")
         widths = {"text": 0, "spoken": 0, "notes": ROLL_WIDTH, "sound": fitted.data["width"]}
         return InstructModel(self.network, self.adapter, self.text_layers, self.text_heads,
-                             {name: widths[name] for name in self.conditions}, 0, fitted)
+                             {name: widths[name] for name in self.conditions}, fitted.data.get("text_width", 0), fitted)
 
     def init(self, model: nn.Module, generator: torch.Generator) -> None:
         assert isinstance(model, InstructModel)
@@ -372,9 +330,10 @@ class Instruct:
             plain["notes"] = given["notes"]
         if fields["text"]:
             plain["text"] = fields["text"]
-        self._ids(str(fields["text"]), "text")
-        self._ids(plain["instruction"], "instruction")
-        return Prompt({SOUND: request.audio} if request.audio is not None else {}, plain)
+        byte_ids(str(fields["text"]), "text", self.max_text)
+        byte_ids(plain["instruction"], "instruction", self.max_text)
+        heard = {SOUND: request.audio} if request.audio is not None else {}
+        return Prompt({**heard, **self._read(plain)}, plain)
 
     def _task_for(self, fields: Mapping[str, Any]) -> str:
         for task in self.tasks:
@@ -408,27 +367,7 @@ class Instruct:
 
     def task_metrics(self, task: str) -> dict[str, Callable[[], Metric]]:
         """What tells whether this task is done (``family.ByTask``)."""
-        shape: dict[str, Callable[[], Metric]] = {"log_spectral_distance_db": LogSpectralDistance}
-        match task:
-            case "text_to_audio" | "text_to_music":
-                return {"frechet_distance_codec_latents": self._frechet, "pitch_error_cents": PitchError,
-                        "onset_f1": OnsetF1, "tempo_error": TempoError, "duration_error_s": DurationError}
-            case "speech":
-                return {"mel_cepstral_distortion_aligned_db": AlignedMelCepstralDistortion,
-                        "duration_error_s": DurationError}
-            case "singing":
-                return {"pitch_error_cents": PitchError, "mel_cepstral_distortion_db": MelCepstralDistortion, **shape}
-            case "enhancement":
-                return {"si_sdr_db": SiSdr, "stoi": Stoi, **shape}
-        return shape
-
-    def _frechet(self) -> Metric:
-        codec = self.codec.load("cpu")
-
-        def latents(audio: Audio) -> np.ndarray:
-            return codec.encode_batch([audio.samples.mean(0, dtype=np.float32)])[0]
-
-        return FrechetDistance(latents, f"latents of {self.codec.column_id()}, a frame each", codec.sample_rate_hz)
+        return task_metrics(task, self.codec)
 
 
 @functools.cache
@@ -438,14 +377,3 @@ def _recordings(folder: str) -> tuple[str, ...]:
     if not found:
         raise DataError(f"family.noise_folder = {folder} holds no recording.")
     return tuple(found)
-
-
-def _given(row: Row) -> dict[str, Any]:
-    """A row's conditions as its task takes them, notes parsed and sounds as latents."""
-    task = TASKS[row["task"]]
-    text = str(row.get("text") or "")
-    found: dict[str, Any] = {"text": text, "spoken": text, "sound": row.get(f"{SOUND}.{LATENTS}")}
-    if row.get("notes") and "notes" in task.takes:
-        found["notes"] = parse_notes(row["notes"], str(row.get("id", "The request")))
-    return {name: found[name] for name in task.takes
-            if name in found and found[name] is not None and (name == "sound" or found[name])}

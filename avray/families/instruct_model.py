@@ -59,6 +59,8 @@ class InstructModel(nn.Module):
         width = network.width
         sources = {name: width if name == "spoken" else size for name, size in widths.items() if name != "text"}
         self.text = TextEncoder(258, vector_width, width, text_layers, text_heads)
+        apart = vector_width > 0 and "spoken" in widths  # what is spoken is read letter by letter
+        self.letters = TextEncoder(258, 0, width, text_layers, text_heads) if apart else None
         self.adapter = Adapter(adapter, width, text_heads)
         self.summary = Summary(width)
         self.start, self.nothing = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
@@ -80,8 +82,9 @@ class InstructModel(nn.Module):
 
     def ask(self, batch: Mapping[str, Tensor]) -> Asked:
         """Encode the batch's texts; foresee each row's duration from them."""
-        encoded = {name: self.text(batch[name], batch[f"{name}_valid"])
-                   for name in ("text", "spoken", "instruction") if name in batch}
+        encoders = {"text": self.text, "spoken": self.letters or self.text, "instruction": self.text}
+        encoded = {name: encoder(batch[name], batch[f"{name}_valid"])
+                   for name, encoder in encoders.items() if name in batch}
         instruction = encoded.get("instruction")
         text = encoded.get("text")
         if text is not None:

@@ -186,13 +186,17 @@ class GenerateSettings(CommandSettings):
     """For families that have several."""
     output: str | None = None
     """The file to write, or the folder where there are many; null: ``generated.wav`` (.mp4, .txt) or ``generated/``."""
+    embedding: str | None = None
+    """A JSON file to write the predicted embedding to, beside the output."""
     include_prompt: bool = False
     """Put the given recording in front of what was generated."""
 
     seconds: float | None = None
     """How long; null: the family's default, as for all that follow."""
     max_tokens: int | None = None
-    """How long, in tokens or vectors."""
+    """How long at most, in tokens or vectors."""
+    count: int | None = None
+    """The same as max_tokens, by the original multitask's name."""
     temperature: float | None = None
     """0 always takes the likeliest."""
     top_k: int | None = None
@@ -219,10 +223,12 @@ class GenerateSettings(CommandSettings):
         super().__post_init__()
         if self.checkpoint is None:
             raise ValueError("checkpoint is missing: give a run or a checkpoint, such as checkpoint=runs/<name>/best.")
-        make_absolute(self, "checkpoint", "audio", "video", "output")
+        make_absolute(self, "checkpoint", "audio", "video", "output", "embedding")
         check_above_zero("", self, "seconds")
         check_at_least("", self, 0, "temperature")
-        check_at_least("", self, 1, "max_tokens", "top_k", "num_steps", "beams", "slots", "num_workers")
+        check_at_least("", self, 1, "max_tokens", "count", "top_k", "num_steps", "beams", "slots", "num_workers")
+        if self.count is not None and self.max_tokens is not None:
+            raise ValueError("count and max_tokens are the same: give one of them.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         given = [name for name in ("prompt", "audio", "video") if getattr(self, name) is not None]

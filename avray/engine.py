@@ -158,9 +158,13 @@ class Engine:
     def media(self, pieces: Sequence[Any]) -> Media:
         """A request's outputs joined."""
         joined = _joined(pieces)
-        if self.renderer.modality == "audio":
-            return Audio(np.zeros((1, 0), np.float32) if joined is None else joined, self.renderer.sample_rate_hz)
-        return "" if joined is None else joined
+        if joined is None and self.renderer.modality == "audio" and not hasattr(self.renderer, "tasks"):
+            joined = np.zeros((1, 0), np.float32)
+        if joined is None or isinstance(joined, str):
+            return joined or ""
+        if joined.ndim == 2:
+            return Audio(joined, self.renderer.sample_rate_hz)
+        return Video(joined, self.renderer.frame_rate_hz)  # type: ignore[attr-defined]
 
 
 class Generator:

@@ -262,7 +262,8 @@ class Renderer(Protocol):
 
     modality: Modality
     sample_rate_hz: int
-    """Of the audio; 0 where there is none."""
+    """Of the audio; 0 where there is none. A renderer of pictures has their ``frame_rate_hz`` as well, and one whose
+    requests choose by their task what they get, a mapping ``tasks`` from each task to its modality."""
 
     def open(self) -> Render: ...
 
@@ -293,6 +294,14 @@ class Perplexity(Mean):
         return math.exp(min(super().value(), 700.0)) if self.count else float("nan")
 
 
+class Merging(Protocol):
+    """A figure that grows."""
+
+    def merge(self, other: Any) -> None: ...
+
+    def value(self) -> float: ...
+
+
 class Metric(Protocol):
     """A figure over generated media, fed one example at a time and merged across workers."""
 
@@ -308,8 +317,8 @@ class Judged(Protocol):
     """What a family may add: figures of how well it foresees held-out rows, given the truth so far. ``evaluate.py``
     reports them beside the metrics."""
 
-    def figures(self, model: nn.Module, batch: Batch, fitted: Fitted) -> dict[str, Mean]:
-        """One batch's; means of the same name merge over batches."""
+    def figures(self, model: nn.Module, batch: Batch, fitted: Fitted) -> Mapping[str, Merging]:
+        """One batch's; those of the same name merge over batches."""
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ GROUP = "avray.families"
 OWN = {
     "continuation": "avray.families.continuation:Continuation",
     "codec_lm": "avray.families.codec_lm:CodecLM",
+    "multitask": "avray.families.multitask:Multitask",
     "audio_gpt2": "avray.families.audio_gpt2:AudioGPT2",
     "instruct": "avray.families.instruct:Instruct",
 }

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from avray.codecs.clip_dct import encode_clip
 from avray.codecs.spectral import FLOOR, Spectral
 from avray.data import demo
 from avray.data.demo import (
@@ -27,7 +28,7 @@ from avray.data.demo import (
 from avray.data.demo_shorts import KINDS
 from avray.data.demo_songs import compose
 from avray.data.demo_sound import SAMPLE_RATE_HZ
-from avray.data.demo_video import DIRECTIONS, SHAPES, Clip, draw_clip, embed_clip
+from avray.data.demo_video import DIRECTIONS, SHAPES, Clip, draw_clip
 from avray.data.manifest import load_manifest
 
 NOTE = re.compile(r"([A-G]#?)(-?\d)")
@@ -310,8 +311,8 @@ def test_shapes_move_as_the_caption_says(made: DemoSummary) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_clip_numbers_tell_the_direction(shape: str) -> None:
     there = draw_clip(Clip(shape, "red", "right", "dark", 9.0, (12.0, 30.0), (50.0, 30.0)))
-    back = embed_clip(there[::-1])
-    numbers = embed_clip(there)
+    back = encode_clip(there[::-1])
+    numbers = encode_clip(there)
     assert numbers.shape == (256,)
     red, green, blue = (there[..., channel].mean() / 255 for channel in range(3))
     assert numbers[0] == pytest.approx(0.299 * red + 0.587 * green + 0.114 * blue, abs=1e-5)

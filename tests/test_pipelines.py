@@ -15,6 +15,7 @@ import torch
 from avray.checkpoint import Checkpoint, newest
 from avray.cli import EVALUATE, GENERATE, PREPARE, TRAIN, compose
 from avray.errors import CheckpointError, DataError, TrainingFailed
+from avray.media import Video, write_video
 from avray.registry import family_from_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -28,7 +29,10 @@ AUDIO_GPT2 = ["family=audio_gpt2", "family.segment_s=4", "family.overlap_s=1", "
               "family.augment.speed=0.1"]
 INSTRUCT = ["family=instruct", "family.network.width=16", "family.network.num_layers=2", "family.network.num_heads=2",
             "family.text_layers=1", "family.text_heads=2", "family/adapter=prefix", "family.num_steps=2"]
-FAMILIES = {"continuation": CONTINUATION, "codec_lm": CODEC_LM, "audio_gpt2": AUDIO_GPT2, "instruct": INSTRUCT}
+MULTITASK = ["family=multitask", "family.segment_s=0.4", "family.num_layers=1", "family.num_heads=2", "family.width=32",
+             "family.head=flow", "data.fit_rows=400"]
+FAMILIES = {"continuation": CONTINUATION, "codec_lm": CODEC_LM, "audio_gpt2": AUDIO_GPT2, "instruct": INSTRUCT,
+            "multitask": MULTITASK}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,27 @@ def spoken(wavs, tmp_path_factory):
     for path in wavs.iterdir():
         shutil.copy(path, folder)
         (folder / f"{path.stem}.txt").write_text("low" if int(path.stem.removeprefix("tone")) < 6 else "high")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(wavs, tmp_path_factory):
+    """The recordings and a clip as rows of the five-task model, and rows with numbers or text alone."""
+    folder = tmp_path_factory.mktemp("tasks")
+    frames = np.random.default_rng(0).integers(0, 255, (20, 32, 32, 3), np.uint8)
+    write_video(folder / "clip.mp4", Video(frames, 10.0))
+    rows = []
+    for index in range(12):
+        shutil.copy(wavs / f"tone{index}.wav", folder)
+        rows += [{"task": "audio", "instruction": "Play", "input": f"{index}", "audio": f"tone{index}.wav"},
+                 {"task": "audio", "instruction": "Play", "input": f"x{index}", "embedding": [-index / 12] * 128},
+                 {"task": "video", "instruction": "Show", "input": f"{index}", "embedding": [index / 12] * 256},
+                 {"task": "text", "instruction": "Say", "input": f"{index}", "output": f"{index} {index}"},
+                 {"task": "code", "instruction": "Add", "input": f"{index}", "output": f"x + {index}"},
+                 {"task": "image", "instruction": "Draw", "input": f"{index}", "output": f"<a {index}>"}]
+    rows.append({"task": "video", "instruction": "Show", "input": "clip", "video": "clip.mp4"})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_bytes(lines.encode("utf-16"))
     return folder
 
 
@@ -79,7 +104,7 @@ def same(a, b):
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", ["continuation", "codec_lm", "audio_gpt2", "instruct"])
 def test_every_verb(ray_session, tmp_path, wavs, spoken, family):
     """prepare → train → resume → evaluate → generate, from nothing."""
     writes, reads = family == "audio_gpt2", family == "instruct"
@@ -244,3 +269,48 @@ def test_media_that_cannot_be_decoded_are_counted_and_the_threshold_stops_the_ru
     assert summary["rows"]["examples_rejected"] > 0
     rejects = [json.loads(line) for line in (tmp_path / "run2" / "rejects.jsonl").read_text().splitlines()]
     assert rejects and all("broken" in reject["source"] for reject in rejects)
+
+
+def test_the_five_tasks_through_every_verb(ray_session, tmp_path, tasks, cache):
+    """check → prepare → train → resume → evaluate → generate: numbers, recordings and a clip, one of them broken."""
+    from avray.data.prepare import check, prepare_all
+    from avray.evaluation.evaluate import evaluate
+    from avray.generation.many import generate_many
+    from avray.generation.one import generate
+
+    rows = tasks / "rows.jsonl"
+    common = [f"data.path={rows}", f"data.cache={cache}", "data.embed_num_cpus=0.5"]
+    prepare = compose(PREPARE, [*common, *MULTITASK, f"run.dir={tmp_path / 'prepare'}"])
+    family = family_from_settings(prepare.family)
+    assert "nothing was encoded" in check(prepare, family)
+    checked = json.loads((tmp_path / "prepare" / "summary.json").read_text())
+    assert checked["tasks"]["audio"] == 24 and checked["dimensions"] == {"audio: 128 numbers": 12,
+                                                                          "video: 256 numbers": 12}
+    assert " 0 rejected)" in prepare_all(prepare, family)
+
+    whole = run(settings(rows, cache, tmp_path / "whole", "trainer.num_samples=6", family="multitask"))
+    assert whole["steps"] == 6 and set(whole["baselines"]) == {"simple"} and whole["rows"]["used"] == 73
+    made = {path.suffix for path in (tmp_path / "whole" / "samples" / "step-00000006").glob("*.generated.*")}
+    assert made and made <= {".wav", ".mp4", ".txt"}
+    run(settings(rows, cache, tmp_path / "cut", "trainer.num_samples=6", "trainer.stop_at_step=4", family="multitask"))
+    run(settings(rows, cache, tmp_path / "cut", "trainer.num_samples=6", "resume=true", family="multitask"))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+    report = evaluate(compose(EVALUATE, [f"checkpoint={tmp_path / 'whole' / 'best'}", f"data.cache={cache}",
+                                         f"run.dir={tmp_path / 'report'}", "num_samples=6", "split=all"]))
+    assert {"text_perplexity", "code_accuracy", "audio_cosine", "video_retrieval_top_5",
+            "video_mean_embedding_mse"} <= set(report["metrics"])
+    for task, suffix in (("audio", "wav"), ("video", "mp4"), ("text", "txt")):
+        out, numbers = tmp_path / f"out.{suffix}", tmp_path / f"{task}.json"
+        beside = [] if task == "text" else [f"embedding={numbers}"]
+        generate(compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"task={task}", "prompt=Play 3", "count=100",
+                                    "temperature=0.7", f"output={out}", *beside]))
+        assert out.exists() and (task == "text" or json.loads(numbers.read_text())["task"] == task)
+    many = compose(GENERATE, [f"checkpoint={tmp_path / 'whole'}", f"data.path={rows}", "data.max_samples=6",
+                              f"output={tmp_path / 'many'}", "slots=2"])
+    assert "6 of 6 results" in generate_many(many)
+
+    bad = tasks / "bad.jsonl"
+    bad.write_text(rows.read_bytes().decode("utf-16") + json.dumps({"task": "audio", "embedding": [0.0] * 120}) + "\n")
+    with pytest.raises(DataError, match="bad.jsonl line 74: the embedding has 120 numbers, and audio has 128"):
+        run(settings(bad, cache, tmp_path / "bad", family="multitask"))

@@ -29,6 +29,8 @@ def describe(manifest: Manifest, rows: Sequence[Row] | None = None,
         "groups": len({row["group"] for row in manifest.rows}),
         "fields": _counts(name for row in manifest.rows for name in _FIELDS if row.get(name)),
         "tasks": _counts(row["task"] for row in manifest.rows if row.get("task")),
+        "dimensions": _counts(f"{row.get('task') or 'no task'}: {_dimensions(row['embedding'])}"
+                              for row in manifest.rows if row.get("embedding")),
         "sample_rates_hz": _counts(row["sample_rate_hz"] for row in manifest.rows if "sample_rate_hz" in row),
         "channels": _counts(row["channels"] for row in manifest.rows if "channels" in row),
         "duplicates": len(manifest.duplicates),
@@ -57,7 +59,8 @@ def render(report: dict[str, Any], width: int | None = None) -> str:
     table.add_row("rows", f"{rows['used']:,} used, {rows['rejected']:,} rejected")
     table.add_row("media", f"{_time(report['hours'])}, the longest {_time(report['longest_s'] / 3600)}")
     table.add_row("groups", f"{report['groups']:,}")
-    labels = {"fields": "with", "tasks": "tasks", "sample_rates_hz": "rates in Hz", "channels": "channels"}
+    labels = {"fields": "with", "tasks": "tasks", "dimensions": "embeddings", "sample_rates_hz": "rates in Hz",
+              "channels": "channels"}
     for name, label in labels.items():
         if report[name]:
             table.add_row(label, ", ".join(f"{key} ({count:,})" for key, count in report[name].items()))
@@ -76,6 +79,12 @@ def render(report: dict[str, Any], width: int | None = None) -> str:
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _dimensions(embedding: Sequence[Any]) -> str:
+    if isinstance(embedding[0], list):
+        return f"{len(embedding[0])} numbers, in sequences"
+    return f"{len(embedding)} numbers"
 
 
 def _hours(rows: Iterable[Row]) -> float:

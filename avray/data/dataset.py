@@ -41,6 +41,10 @@ def data_path(data: DataSettings) -> str:
     from avray.data.demo import SONG_SHARE, ensure_demo
 
     assert data.demo_dir is not None
+    if data.demo == "tasks":
+        from avray.data.demo_tasks import ensure_tasks
+
+        return str(ensure_tasks(Path(data.demo_dir)))
     share = "" if data.demo_songs == SONG_SHARE else f"-{data.demo_songs:g}-songs"
     folder = Path(data.demo_dir) / f"{data.demo_minutes:g}-minutes{share}"  # one set a kind: two runs may want two
     made = ensure_demo(folder, minutes=data.demo_minutes, seed=0, song_share=data.demo_songs)
@@ -95,7 +99,7 @@ def refuse(manifest: Manifest, family: Choosy) -> None:
     """Rows that a family has no use for become rejects."""
     reasons = [(row, family.refusal(row)) for row in manifest.rows]
     manifest.rows = [row for row, reason in reasons if reason is None]
-    manifest.rejects += [Reject(row["id"], row.get("manifest_line", 0), reason)
+    manifest.rejects += [Reject(manifest.source_of(row), row.get("manifest_line", 0), reason)
                          for row, reason in reasons if reason is not None]
 
 

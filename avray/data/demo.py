@@ -22,12 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
+from avray.codecs.clip_dct import FRAME_RATE_HZ, encode_clip
 from avray.codecs.spectral import Spectral
 from avray.data.demo_jsonl import Embedded, write_jsonl, write_tasks
 from avray.data.demo_shorts import KINDS
 from avray.data.demo_songs import compose, perform
 from avray.data.demo_sound import SAMPLE_RATE_HZ, master
-from avray.data.demo_video import FRAME_RATE_HZ, draw_clip, embed_clip, plan_clip
+from avray.data.demo_video import draw_clip, plan_clip
 from avray.media import Audio, Video, write_audio, write_video
 
 VERSION = 1
@@ -182,7 +183,7 @@ def _write_video(folder: Path, seed: int) -> list[Embedded]:
         write_video(folder / "video" / f"{name}.mp4", Video(frames, FRAME_RATE_HZ))
         rows.append({"file_name": f"{name}.mp4", "text": clip.caption(), "group": name, "split": split_of(index),
                      **clip.fields()})
-        embedded.append(Embedded(f"video/{name}.mp4", clip.label, clip.caption(), embed_clip(frames)))
+        embedded.append(Embedded(f"video/{name}.mp4", clip.label, clip.caption(), encode_clip(frames)))
     write_jsonl(folder / "video" / "metadata.jsonl", rows)
     return embedded
 

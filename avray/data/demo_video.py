@@ -1,8 +1,4 @@
-"""Two-second clips of a shape that moves, and the 256 numbers that stand for one.
-
-The numbers are the lowest coefficients of an orthonormal spatio-temporal DCT: enough to see what moves where, and
-few enough for a small model to predict.
-"""
+"""Two-second clips of a shape that moves."""
 
 from __future__ import annotations
 
@@ -10,14 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FRAME_RATE_HZ, NUM_FRAMES, SIZE = 10.0, 20, 64
+from avray.codecs.clip_dct import NUM_FRAMES, SIZE
+
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = ("left", "right", "up", "down")
 COLOURS = {"red": (220, 50, 40), "green": (40, 170, 70), "blue": (50, 90, 220), "orange": (240, 150, 30),
            "purple": (150, 60, 190)}
 BACKGROUNDS = {"dark": (20, 20, 28), "bright": (235, 235, 230)}
-DCT_BLOCKS = ((3, 8, 8), (2, 4, 4), (2, 4, 4))
-"""Coefficients kept of luma, blue and red difference, as (time, height, width): 192 + 32 + 32 = 256."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +68,3 @@ def draw_clip(clip: Clip) -> np.ndarray:
     cover = np.clip(0.5 - outside, 0.0, 1.0)[..., None]
     colour, background = np.array(COLOURS[clip.colour]), np.array(BACKGROUNDS[clip.background])
     return np.round(background + cover * (colour - background)).astype(np.uint8)
-
-
-def embed_clip(frames: np.ndarray) -> np.ndarray:
-    """Frames ``[time, height, width, 3]`` uint8 -> ``[256]`` float32: the blocks of ``DCT_BLOCKS`` one after another,
-    row-major, scaled so that the first of each is the mean (luma 0 to 1, differences -0.5 to 0.5; BT.601)."""
-    red, green, blue = np.moveaxis(frames.astype(np.float64) / 255, -1, 0)
-    luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    planes = (luma, (blue - luma) / 1.772, (red - luma) / 1.402)
-    return np.concatenate([_low_dct(plane, shape).ravel()
-                           for plane, shape in zip(planes, DCT_BLOCKS, strict=True)]).astype(np.float32)
-
-
-def _low_dct(plane: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    bases = [_dct_basis(kept, size) for kept, size in zip(shape, plane.shape, strict=True)]
-    return np.einsum("thw,it,jh,kw->ijk", plane, *bases, optimize=True) / np.sqrt(plane.size)
-
-
-def _dct_basis(kept: int, size: int) -> np.ndarray:
-    """The first ``kept`` rows of the orthonormal DCT-II."""
-    basis = np.sqrt(2 / size) * np.cos(np.pi / size * np.outer(np.arange(kept), np.arange(size) + 0.5))
-    basis[0] /= np.sqrt(2)
-    return basis

@@ -24,7 +24,7 @@ from avray.data.plan import Shard
 from avray.data.store import Store
 from avray.errors import DataError
 from avray.family import Column, Network, Unit
-from avray.media import Limits, stream_audio
+from avray.media import Limits, read_video, stream_audio
 
 BATCHED_S = 60.0
 LOOKAHEAD_S = 1.0
@@ -87,6 +87,8 @@ class Embedder:
     def compute(self, shard: Shard, claim: Claim | None = None) -> Values:
         """Every wanted unit's frames, or the reason it has none."""
         wanted = shard.wanted_units(self.column)
+        if self.column.modality == "video":
+            return self._compute_clips(shard, wanted, claim)
         if self.column.modality == "text":
             texts = [shard.units[index].source for index in wanted]
             return Values(dict(zip(wanted, self.network.encode_batch(texts), strict=True)))  # type: ignore[arg-type]
@@ -114,6 +116,26 @@ class Embedder:
             encoded = self.network.encode_batch([samples for _, samples in batch])
             for (piece, _), frames in zip(batch, encoded, strict=True):
                 self._cut_units(shard, piece, iter([frames]), values)
+        return values
+
+    def _compute_clips(self, shard: Shard, wanted: Sequence[int], claim: Claim | None) -> Values:
+        """A span at a time: a clip's vectors are its own, whatever else is read of the file."""
+        network: Any = self.network
+        values, crashes = Values(), self.journal.crashes(shard, self.column)
+        for index in wanted:
+            unit = shard.units[index]
+            if crashes.get(unit.source, 0) > MAX_CRASHES:
+                values.rejects[index] = "its decoder crashed the process three times"
+                continue
+            self.journal.enter(shard, self.column, unit.source)
+            try:
+                clip = read_video(unit.source, unit.start_s, unit.duration_s, network.sampling_hz, network.size,
+                                  self.limits)
+                values.arrays[index] = network.encode_batch([clip])[0].astype(self.column.dtype)
+            except DataError as error:
+                values.rejects[index] = str(error)
+            if claim is not None:
+                claim.refresh()
         return values
 
     def _decode(self, piece: Cut) -> Iterator[np.ndarray]:

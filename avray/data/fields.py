@@ -124,6 +124,8 @@ def normalise(fields: Mapping[str, Any], roots: Roots) -> Row:
         row.setdefault("duration_s", end_s - row.get("start_s", 0.0))
     if row.get("start_s", 0.0) < 0 or row.get("duration_s", 1.0) <= 0 or row.get("weight", 0.0) < 0:
         raise Unusable("start_s and weight must be 0 or more, and duration_s above 0")
+    if "embedding" in row and not isinstance(row["embedding"], list):
+        raise Unusable(f"embedding must be a list of numbers, not {type(row['embedding']).__name__}")
     for name in MEDIA_FIELDS:
         if name in row:
             row[name] = roots.resolve(_media(name, row[name]))

@@ -64,6 +64,12 @@ class Manifest:
     rows: list[Row] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     duplicates: list[Duplicate] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    """The list that each row was read from, by its id."""
+
+    def source_of(self, row: Row) -> str:
+        """The list a row stands in, or its id where it stands in none."""
+        return self.sources.get(row["id"], row["id"]) if "manifest_line" in row else str(row["id"])
 
     def write_rejects(self, path: str | os.PathLike[str]) -> None:
         """One JSON object a line: source, line, reason."""
@@ -118,16 +124,18 @@ def load_manifest(
     media = [MediaFile(row[name], "video" if name == "video" else "audio")
              for _, row in rows for name in MEDIA_FIELDS if name in row]
     probed = probe_all(media, limits or Limits(), memo_path, num_threads)
-    spans = []
+    spans, sources = [], []
     for raw, row in rows:
         try:
             spans.append(_fill(row, probed))
             manifest.rows.append(row)
+            sources.append(raw.source)
         except Unusable as error:
             manifest.rejects.append(Reject(raw.source, raw.line, str(error)))
     if not manifest.rows and not manifest.rejects:
         raise DataError(f"{path} holds no rows.")
     _name(manifest.rows, spans, roots)
+    manifest.sources = {row["id"]: source for row, source in zip(manifest.rows, sources, strict=True)}
     _group(manifest.rows, roots)
     manifest.duplicates = _duplicates(manifest.rows)
     return manifest

@@ -1,15 +1,17 @@
-"""Text to ids and back: bytes by default, or any tokeniser of transformers, kept whole in the checkpoint."""
+"""Text to ids and back: bytes by default, the characters of the training texts, or any tokeniser of transformers, kept
+whole in the checkpoint."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from avray.errors import MissingDependency
 
-BYTES = "bytes"
+BYTES, CHARACTERS = "bytes", "characters"
 
 
 class Tokens(Protocol):
@@ -39,6 +41,31 @@ class Bytes:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+@dataclass(frozen=True)
+class Characters:
+    """One id for each of ``known``, then ``end``, then one for every character that is not."""
+
+    known: str
+
+    @property
+    def size(self) -> int:
+        return len(self.known) + 2
+
+    @property
+    def end(self) -> int:
+        return len(self.known)
+
+    @property
+    def unknown(self) -> int:
+        return len(self.known) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return [found if (found := self.known.find(character)) >= 0 else self.unknown for character in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.known[i] for i in ids if i < self.end)
 
 
 class Learnt:
@@ -77,8 +104,15 @@ def read_tokens(source: str, download: bool = False) -> dict[str, Any]:
     return {"kind": "tokenizer.json", "content": content, "end": tokenizer.eos_token_id, "size": len(tokenizer)}
 
 
+def read_characters(texts: Iterable[str]) -> dict[str, Any]:
+    """The characters of these texts, in order of their code points, for ``open_tokens``."""
+    return {"kind": CHARACTERS, "known": "".join(sorted(set().union(*texts)))}
+
+
 def open_tokens(kept: dict[str, Any]) -> Tokens:
     """The inverse of ``read_tokens``."""
+    if kept["kind"] == CHARACTERS:
+        return Characters(kept["known"])
     return Bytes() if kept["kind"] == BYTES else _learnt(kept["content"], kept["end"], kept["size"])
 
 

@@ -25,7 +25,7 @@ from avray.devices import device_of
 from avray.engine import Generator
 from avray.errors import DataError
 from avray.evaluation.report import ReportExample, write_report
-from avray.family import ByTask, Family, Judged, Mean, Metric, Options
+from avray.family import ByTask, Family, Judged, Merging, Metric, Options
 from avray.registry import saved_family
 from avray.train.loggers import read_metrics
 from avray.train.samples import Answer, answer, questions
@@ -111,15 +111,15 @@ def held_out_figures(checkpoint: Checkpoint, family: Family, plan: Plan, cache: 
     model = model.to(device).eval()
     order = plan.order(min(batch_size, plan.num_examples), 0, batch_size * 4, shuffle=False)
     last = order.steps_per_epoch if max_rows is None else min(order.steps_per_epoch, -(-max_rows // order.batch_size))
-    columns, found = family.columns(fitted), dict[str, Mean]()
+    columns, found = family.columns(fitted), dict[str, Merging]()
     for step in range(last):
         batch = family.collate(gather(plan, cache, columns, order.step(0, step)), fitted).to(device)
-        for name, mean in family.figures(model, batch, fitted).items():
+        for name, figure in family.figures(model, batch, fitted).items():
             if name in found:
-                found[name].merge(mean)
+                found[name].merge(figure)
             else:
-                found[name] = mean
-    return {name: mean.value() for name, mean in found.items()}
+                found[name] = figure
+    return {name: figure.value() for name, figure in found.items()}
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from avray.config import GenerateSettings
 from avray.devices import device_of
-from avray.engine import Generated, Generator
-from avray.family import Options
+from avray.engine import Generated, Generator, make_request
+from avray.family import Options, Request
 from avray.media import Audio, Video, write_audio, write_video
 
 SUFFIXES = {Audio: ".wav", Video: ".mp4", str: ".txt"}
@@ -18,16 +19,30 @@ def generate(settings: GenerateSettings) -> str:
     assert settings.checkpoint is not None
     generator = Generator.open(settings.checkpoint, device=device_of(settings.device), slots=1,
                                family=settings.family.get("_target_"))
-    result = generator.generate(prompt=settings.prompt, audio=settings.audio, task=settings.task,
-                                options=options_of(settings), seed=settings.seed)
+    request = make_request(settings.prompt, settings.audio, None, settings.task, None, None, options_of(settings),
+                           settings.seed)
+    [result] = generator.generate_many([request])
     path = write(result, settings.output, settings.include_prompt)
-    return f"{path} · {described(result)} · seed {settings.seed}"
+    beside = f" · {write_embedding(generator, request, settings.embedding)}" if settings.embedding else ""
+    return f"{path} · {described(result)} · seed {settings.seed}{beside}"
+
+
+def write_embedding(generator: Generator, request: Request, path: str) -> Path:
+    """The numbers behind what was just generated, which the same seed gives again, as JSON. ValueError where the model
+    foresees none."""
+    [result] = generator.generate_many([replace(request, fields={**request.fields, "embedding": True})])
+    if not isinstance(result.media, str):
+        raise ValueError("embedding has no meaning for this model: it foresees no embedding.")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(result.media + "\n", encoding="utf-8")
+    return target
 
 
 def options_of(settings: GenerateSettings) -> Options:
-    return Options(seconds=settings.seconds, max_tokens=settings.max_tokens, temperature=settings.temperature,
-                   top_k=settings.top_k, top_p=settings.top_p, guidance_scale=settings.guidance_scale,
-                   aligned_guidance_scale=settings.aligned_guidance_scale,
+    return Options(seconds=settings.seconds, max_tokens=settings.max_tokens or settings.count,
+                   temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
+                   guidance_scale=settings.guidance_scale, aligned_guidance_scale=settings.aligned_guidance_scale,
                    num_steps=settings.num_steps, beams=settings.beams)
 
 

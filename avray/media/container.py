@@ -13,7 +13,7 @@ import av
 import numpy as np
 
 from avray.errors import DataError
-from avray.media.types import AudioInfo, VideoInfo
+from avray.media.types import AudioInfo, Limits, VideoInfo
 
 DEMUXERS = {"mp4": "mov", "matroska": "matroska", "aac": "aac", "mp3": "mp3"}
 _LEAD_S = 0.2
@@ -81,3 +81,19 @@ def video_header(path: str, file: BinaryIO, kind: str) -> VideoInfo:
         seconds = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / av.time_base
         return VideoInfo(stream.frames or round(seconds * rate), size.width, size.height, rate, seconds,
                          bool(container.streams.audio))
+
+
+def pictures(path: str, file: BinaryIO, kind: str, limits: Limits, first_s: float,
+             size: tuple[int, int]) -> Iterator[tuple[float, np.ndarray]]:
+    """Times in seconds and frames ``[height, width, 3]`` uint8, from the last one at ``first_s`` or before."""
+    with _open(file, kind) as opened:
+        stream = _first(path, opened.streams.video, "picture")
+        start = stream.start_time or 0
+        if first_s > 0:
+            opened.seek(start + int(first_s / stream.time_base), stream=stream)
+        for frame in opened.decode(stream):
+            if frame.width * frame.height > limits.max_pixels:
+                raise DataError(f"{path} holds a frame of {frame.width} x {frame.height}, over the limit of "
+                                f"{limits.max_pixels:,} pixels (data.limits.max_pixels).")
+            at_s = float(((frame.pts if frame.pts is not None else start) - start) * stream.time_base)
+            yield at_s, frame.reformat(*size, format="rgb24").to_ndarray()

@@ -74,8 +74,18 @@ class CachedTransformer:
             return self.graph(x, at, length)
         return self.run(x, at, length if self.rows == 1 else -(-length // ROUND) * ROUND)
 
+    @torch.inference_mode()
+    def hidden(self, x: Float[Tensor, "rows width"], positions: Sequence[int]) -> Float[Tensor, "rows width"]:
+        """As ``step``, by torch, but for the last product: states after the final norm."""
+        at = torch.tensor(positions, device=x.device)
+        length = max(positions) + 1
+        return self._hidden(x, at, length if self.rows == 1 else -(-length // ROUND) * ROUND)
+
     def run(self, x: Tensor, at: Tensor, length: int) -> Tensor:
         """A step by torch, attending to the first ``length`` positions; a single row's end there, unless graphed."""
+        return self.transformer.logits(self._hidden(x, at, length))
+
+    def _hidden(self, x: Tensor, at: Tensor, length: int) -> Tensor:
         mask = None
         x, angles = self.transformer.place(x, at)
         if self.rows > 1 or self.graph is not None:
@@ -84,7 +94,7 @@ class CachedTransformer:
         angles = None if angles is None else angles[:, None]
         for cache, block in zip(self.cache, self.transformer.blocks, strict=True):
             x = _step(block, x, cache, lines, length, mask, angles)
-        return self.transformer.logits(self.transformer.norm(x))
+        return self.transformer.norm(x)
 
 
 class _Graphs:

@@ -65,6 +65,8 @@ class DataSettings:
     cache: str = field(default_factory=default_cache)
     """Encoded columns, shared by all runs and families: a local folder or a URL."""
 
+    demo: Literal["sound", "tasks"] = "sound"
+    """Which demo set: recordings with captions, or rows of the five-task model."""
     demo_minutes: float = 4.0
     """Minutes of sound in the demo set."""
     demo_songs: float = 0.8

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from avray.data import recipes
 from avray.data.plan import Plan, Shard
 from avray.engine import Generated, Generator, resampled
 from avray.family import Example, Family, Media, Options, Question, Request, Unit
-from avray.media import Audio, read_audio, write_audio
+from avray.media import Audio, Video, read_audio, read_video, write_audio, write_video
 from avray.metrics.pictures import comparison_png, spectrogram_rgb
 
 WAITING = ".waiting"
@@ -79,6 +79,8 @@ def read_unit(unit: Unit | None) -> Media | None:
         return None
     if unit.modality == "text":
         return unit.source
+    if unit.modality == "video":
+        return even(read_video(unit.source, unit.start_s, unit.duration_s))
     sound = read_audio(unit.source, start_s=unit.start_s, duration_s=unit.duration_s)
     if not unit.recipe:
         return sound
@@ -129,15 +131,24 @@ def write_samples(checkpoint: str, asked: Sequence[Asked], folder: Path, tensorb
 
 
 def write_media(stem: Path, media: Media) -> Path:
-    """Sound as ``.wav``, text as ``.txt``."""
+    """Sound as ``.wav``, pictures as ``.mp4``, text as ``.txt``."""
     if isinstance(media, str):
         path = stem.with_name(stem.name + ".txt")
         path.write_text(media, encoding="utf-8")
         return path
-    assert isinstance(media, Audio)
+    if isinstance(media, Video):
+        path = stem.with_name(stem.name + ".mp4")
+        write_video(path, media)
+        return path
     path = stem.with_name(stem.name + ".wav")
     write_audio(str(path), media)
     return path
+
+
+def even(video: Video) -> Video:
+    """Without the last row or column where H.264, which halves both for colour, could not have it."""
+    _, height, width, _ = video.frames.shape
+    return replace(video, frames=video.frames[:, : height - height % 2, : width - width % 2])
 
 
 def _log(answers: Sequence[Answer], folder: Path, step: int) -> None:

@@ -1,0 +1,228 @@
+"""How multitask answers: slots that write token by token or foresee vector by vector, side by side, and what makes
+text, sound, pictures or JSON of it. A slot's result depends on its request, its seed and the number of slots alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avray.codecs import clip_dct
+from avray.codecs.base import Codec
+from avray.encoders.tokens import Tokens
+from avray.families.multitask_model import EMBEDDED, TASKS, WRITTEN, MultitaskModel, noise_of
+from avray.family import Batch, Modality, Options, Piece
+from avray.nn.kv_cache import CachedTransformer
+from avray.nn.sampling import Draw, Drawer, uniforms
+
+MODALITIES: dict[str, Modality] = {**dict.fromkeys(WRITTEN, "text"), "audio": "audio", "video": "video"}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Options with their defaults filled in. ``max_tokens`` is at most so many tokens, or vectors."""
+
+    max_tokens: int | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    num_steps: int
+    seconds: float | None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens = {self.max_tokens} must be at least 1.")
+        if not 1 <= self.num_steps <= 1000:
+            raise ValueError(f"num_steps = {self.num_steps} must be from 1 to 1000.")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds = {self.seconds} must be above 0 and finite.")
+        self.draw  # noqa: B018 - checks the other three
+
+    @property
+    def draw(self) -> Draw:
+        return Draw(self.temperature, self.top_k, self.top_p)
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """One vector ``[width]`` of an embedding, and what it decodes to ``[frames, decoded]``."""
+
+    task: str
+    vector: np.ndarray
+    decoded: np.ndarray
+    as_json: bool
+
+
+@dataclass
+class Slot:
+    """One request under way: ``x`` is what goes in at step ``at``."""
+
+    task: str
+    x: Tensor
+    at: int
+    how: Generation
+    seed: int
+    as_json: bool
+    made: int = 0
+
+
+class MultitaskSampler:
+    """A ``Sampler`` whose pieces are lists of text ids or ``Foreseen``. ``frames`` says how many of the codec's
+    a vector stands for, from the seconds asked."""
+
+    def __init__(self, model: MultitaskModel, tokens: Tokens, slots: int,
+                 generation: Callable[[Options, str], Generation], is_sequence: bool,
+                 frames: Callable[[float | None], int], untrained: Sequence[str]) -> None:
+        self.model, self.tokens, self.slots = model.eval(), tokens, slots
+        self.generation, self.is_sequence, self.frames, self.untrained = generation, is_sequence, frames, untrained
+        self.context = model.transformer.config.context
+        self.cache = CachedTransformer(model.transformer, slots)
+        self.busy: dict[int, Slot] = {}
+        self.device = model.transformer.norm.weight.device
+
+    @torch.inference_mode()
+    def admit(self, slots: Sequence[int], batch: Batch, seeds: Sequence[int], options: Sequence[Options]) -> None:
+        for i, slot in enumerate(slots):
+            assert slot not in self.busy, f"slot {slot} is busy"
+            task = TASKS[int(batch["task"][i])]
+            if task in self.untrained:
+                raise ValueError(f"task {task}: this model saw no row of it.")
+            prompt = self.model.embed(batch["tokens"][i, : int(batch["length"][i])].to(self.device)[None])[0]
+            self.cache.prefill(slot, prompt[:-1])
+            self.busy[slot] = Slot(task, prompt[-1], len(prompt) - 1, self.generation(options[i], task), seeds[i],
+                                   bool(batch["as_json"][i]))
+
+    def drop(self, slot: int) -> None:
+        self.busy.pop(slot, None)
+
+    @torch.inference_mode()
+    def step(self) -> list[Piece]:
+        if not self.busy:
+            return []
+        rows = [self.busy.get(slot) for slot in range(self.slots)]
+        nothing = torch.zeros_like(next(iter(self.busy.values())).x)
+        x = torch.stack([row.x if row else nothing for row in rows])
+        hidden = self.cache.hidden(x, [row.at if row else 0 for row in rows])
+        pieces = []
+        if any(row and row.task in WRITTEN for row in rows):
+            pieces += self._write(rows, hidden)
+        for task in EMBEDDED:
+            if any(row and row.task == task for row in rows):
+                pieces += self._foresee(task, rows, hidden)
+        for piece in pieces:
+            if piece.done:
+                self.drop(piece.slot)
+        return pieces
+
+    def _write(self, rows: Sequence[Slot | None], hidden: Tensor) -> list[Piece]:
+        written = [row if row and row.task in WRITTEN else None for row in rows]
+        drawer = Drawer([row.how.draw if row else Draw() for row in written], self.device)
+        numbers = np.stack([uniforms(row.seed, row.made, 1, 1)[0] if row else np.full(1, 0.5) for row in written])
+        drawn = drawer(self.model.text_logits(hidden)[:, None], numbers)[:, 0]
+        pieces = []
+        for slot, row in enumerate(written):
+            if row:
+                ids = int(drawn[slot])
+                ends = ids == self.tokens.end
+                row.x = self.model.embed(drawn[slot].view(1, 1))[0, 0]
+                pieces.append(Piece(slot, [] if ends else [ids], self._advance(row) or ends))
+        return pieces
+
+    def _foresee(self, task: str, rows: Sequence[Slot | None], hidden: Tensor) -> list[Piece]:
+        head = self.model.heads[task]
+        noise = torch.stack([row.how.temperature * noise_of(row.seed, row.made, head.size) if row
+                             else torch.zeros(head.size) for row in rows]).to(self.device)
+        how = {row.how.num_steps for row in rows if row and row.task == task}
+        drawn = {steps: head.draw(hidden, noise, steps) for steps in how}
+        pieces = []
+        for slot, row in enumerate(rows):
+            if row is None or row.task != task:
+                continue
+            vector = drawn[row.how.num_steps][slot]
+            ends = not self.is_sequence
+            if head.into is not None:
+                ends = bool(head.end(hidden)[slot, 0] > 0)
+                row.x = head.into(vector)
+            decoded = self.model.decode(task, vector)
+            if task == "audio":
+                frames = self.frames(row.how.seconds)
+                decoded = decoded[:frames] if len(decoded) > 1 else decoded.repeat(frames, 0)
+            plain = self.model.unscale(task, vector).float().cpu().numpy()
+            pieces.append(Piece(slot, Foreseen(task, plain, decoded, row.as_json), self._advance(row) or ends))
+        return pieces
+
+    def _advance(self, row: Slot) -> bool:
+        """One step further; whether that was the last that was asked for, or that there is room for."""
+        row.made, row.at = row.made + 1, row.at + 1
+        return row.at >= self.context or row.made == row.how.max_tokens
+
+
+@dataclass(frozen=True)
+class MediaRenderer:
+    """Text, sound or pictures, as each request's task has it: ``modality`` is that of the first task."""
+
+    tokens: Tokens
+    codec: Codec | None
+    trained: tuple[str, ...]
+    vector_s: float
+    frame_rate_hz: float = clip_dct.FRAME_RATE_HZ
+    """Of the pictures."""
+
+    @property
+    def modality(self) -> Modality:
+        return MODALITIES[self.trained[0]]
+
+    @property
+    def tasks(self) -> Mapping[str, Modality]:
+        return {task: MODALITIES[task] for task in self.trained}
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.codec.sample_rate_hz if self.codec else 0
+
+    def open(self) -> MediaRender:
+        return MediaRender(self)
+
+
+@dataclass
+class MediaRender:
+    """One request's: samples ``[1, n]``, frames ``[n, 64, 64, 3]`` or text; a character once its last byte is there."""
+
+    renderer: MediaRenderer
+    ids: list[int] = field(default_factory=list)
+    shown: int = 0
+    decoder: Any = None
+    task: str = ""
+    vectors: list[list[float]] = field(default_factory=list)
+
+    def push(self, data: list[int] | Foreseen) -> str | np.ndarray:
+        if not isinstance(data, Foreseen):
+            self.ids += data
+            text = self.renderer.tokens.decode(self.ids)
+            if text.endswith("\N{REPLACEMENT CHARACTER}"):
+                return ""
+            new, self.shown = text[self.shown :], len(text)
+            return new
+        if data.as_json:
+            self.task = data.task
+            self.vectors.append([round(float(number), 6) for number in data.vector])
+            return ""
+        if data.task == "video":
+            return np.concatenate([clip_dct.decode_clip(numbers) for numbers in data.decoded])
+        assert self.renderer.codec is not None
+        self.decoder = self.decoder or self.renderer.codec.decoder()
+        return self.decoder.push(np.ascontiguousarray(data.decoded, np.float32))[None]
+
+    def finish(self) -> str | np.ndarray | None:
+        if self.vectors:
+            embedding = self.vectors if len(self.vectors) > 1 else self.vectors[0]
+            return json.dumps({"task": self.task, "embedding": embedding})
+        if self.decoder is not None:
+            return self.decoder.finish()[None]
+        return self.renderer.tokens.decode(self.ids)[self.shown :] if self.ids else None

@@ -1,0 +1,54 @@
+"""Reads pictures: the frames of a span, sampled by rate and scaled while they are decoded.
+
+Memory is what is returned and one frame: a frame is scaled as it comes, and its size is looked at again, because a
+stream may change it behind its header.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from avray.errors import DataError
+from avray.media import container
+from avray.media.opening import kind_of, opened
+from avray.media.types import Limits, Video
+
+
+def read_video(path: str, start_s: float = 0.0, duration_s: float | None = None, frame_rate_hz: float | None = None,
+               size: int | None = None, limits: Limits | None = None) -> Video:
+    """The frames of a clip, or of a span of it, without its sound.
+
+    At ``frame_rate_hz`` (None: its own) frame k is the one shown at ``start_s`` + (k + 1/2) / rate; there are
+    round(duration × rate), at least one. ``size`` scales to ``size`` × ``size``, whatever the shape was.
+
+    DataError for a file that cannot be used, has no pictures in the span, or is over the limits in bytes, pixels,
+    seconds, or bytes decoded. ValueError for a span or a rate that makes no sense.
+    """
+    if start_s < 0 or any(value is not None and value <= 0 for value in (duration_s, frame_rate_hz, size)):
+        raise ValueError(f"A span of {path} needs a start of at least 0, a duration, a rate and a size above 0.")
+    limits = limits or Limits()
+    with opened(path, limits) as file:
+        kind = kind_of(path, file)
+        info = container.video_header(path, file, kind)
+        limits.check_video(path, info)
+        rate = frame_rate_hz or info.frame_rate_hz
+        wanted_s = max(0.0, info.duration_s - start_s) if duration_s is None else duration_s
+        number = max(1, round(wanted_s * rate))
+        width, height = (size, size) if size else (info.width, info.height)
+        if number * width * height * 3 > limits.max_decoded_bytes:
+            raise DataError(f"{path} would take {number * width * height * 3:,} bytes of memory, over the limit of "
+                            f"{limits.max_decoded_bytes:,} (data.limits.max_decoded_bytes).")
+        file.seek(0)
+        times = start_s + (np.arange(number) + 0.5) / rate
+        frames: list[np.ndarray] = []
+        before: np.ndarray | None = None
+        for at_s, frame in container.pictures(path, file, kind, limits, start_s, (width, height)):
+            while len(frames) < number and at_s > times[len(frames)] + 1e-6 and before is not None:
+                frames.append(before)
+            before = frame
+            if len(frames) == number:
+                break
+    if before is None:
+        raise DataError(f"{path} has no pictures from {start_s:g} s on.")
+    frames += [before] * (number - len(frames))
+    return Video(np.stack(frames), rate)

@@ -24,6 +24,7 @@ from avray.families.audio_gpt2 import AudioGPT2
 from avray.families.codec_lm import CodecLM
 from avray.families.continuation import Continuation
 from avray.families.instruct import Instruct
+from avray.families.multitask import Multitask, TaskWeights
 from avray.nn.dit import DiTConfig
 from avray.registry import family_settings
 from avray.serving.auth import Keys
@@ -37,6 +38,9 @@ INSTRUCT = Instruct(Spectral(), segment_s=1.0, network=DiTConfig(width=16, num_l
                     text_heads=2, num_steps=2)
 AUDIO_GPT2 = AudioGPT2(Spectral(), segment_s=1.0, overlap_s=0.25, context=64, width=16, num_layers=1, num_heads=2,
                        stem_layers=1)
+MULTITASK = Multitask(Spectral(), segment_s=0.4, width=16, num_layers=1, num_heads=2, head="flow",
+                      task_weights=TaskWeights(image=0.0, video=0.0))
+
 NO_KEYS = Keys()
 
 
@@ -62,6 +66,13 @@ def save_audio_gpt2(run: Path) -> Path:
     random = np.random.default_rng(0)
     return _save(run, AUDIO_GPT2, [{"id": "x", "weight": 1.0, "text": "some words",
                                     "audio.features": random.normal(-8, 1, (60, 128)).astype(np.float16)}], 7, 0)
+
+
+def save_multitask(run: Path) -> Path:
+    rows = [{"id": task, "weight": 1.0, "task": task, "prompt": "say a", "output": "aaa"} for task in ("text", "code")]
+    rows += [{"id": str(n), "weight": 1.0, "task": "audio", "prompt": "say a", "embedding": [[-8.0 + n] * 128]}
+             for n in (0, 1)]
+    return _save(run, MULTITASK, rows, 1, 0)
 
 
 def _save(run: Path, family: Any, rows: list[dict[str, Any]], step: int, seed: int) -> Path:

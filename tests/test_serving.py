@@ -18,13 +18,14 @@ import soundfile as sf
 import avray
 from avray.config import AppSettings, ServeSettings, from_mapping
 from avray.errors import CheckpointError
+from avray.family import Options
 from avray.media import Audio, write_audio
 from avray.serving import launch
 from avray.serving.auth import Keys
 from avray.serving.model import samples16
 from avray.serving.sound import open_encoder, rate_of
 from avray.settings.serve import LimitSettings, ReplicaSettings
-from tests.serving import save_codec_lm, save_continuation, server
+from tests.serving import save_codec_lm, save_continuation, save_multitask, server
 
 LIMITS = LimitSettings(body_bytes=400_000, prompt_characters=100, audio_seconds_in=5.0, audio_seconds_out=4.0,
                        form_fields=20, decoded_bytes=1 << 20)
@@ -43,6 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     save_continuation(folder / "next")
     save_codec_lm(folder / "speech")
+    save_multitask(folder / "tasks")
     return folder
 
 
@@ -294,3 +296,23 @@ def test_lossless_formats_keep_every_sample(format: str, channels: int) -> None:
             frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
         decoded = np.concatenate([frame.reshape(-1, channels) for frame in frames])
         assert np.array_equal(decoded, samples)
+
+
+def test_a_model_of_several_tasks_answers_each_on_its_own_route(runs: Path) -> None:
+    with server({"tasks": runs / "tasks"}, SERVE) as client:
+        model = client.get("/v1/models/tasks").json()
+        assert model["tasks"] == {"text": "text", "code": "text", "audio": "audio"}
+        assert model["routes"] == ["/v1/audio/generate", "/v1/audio/speech", "/v1/completions"]
+        own = avray.load(str(runs / "tasks"), slots=2)
+        ask = {"model": "tasks", "input": "say a", "seed": 3}
+        for task in ("text", "code"):
+            said = client.post("/v1/completions", json={**ask, "task": task, "max_tokens": 5}).json()
+            made = own.generate("say a", task=task, options=Options(max_tokens=5), seed=3).media
+            assert said["choices"][0]["text"] == made
+        for stream in (False, True):
+            heard = client.post("/v1/audio/generate", json={**ask, "stream": stream, "response_format": "pcm"}).content
+            assert heard == samples16(own.generate("say a", task="audio", seed=3).audio.samples)
+        wrong = error_of(client.post("/v1/audio/generate", json={**ask, "task": "code"}))
+        assert wrong["param"] == "task" and "takes audio" in wrong["message"]
+        assert error_of(client.post("/v1/completions", json={**ask, "task": "video"}))["param"] == "task"
+        assert "say" not in error_of(client.post("/v1/completions", json={**ask, "seconds": 1}))["message"]

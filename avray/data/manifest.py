@@ -69,7 +69,8 @@ class Manifest:
 
     def source_of(self, row: Row) -> str:
         """The list a row stands in, or its id where it stands in none."""
-        return self.sources.get(row["id"], row["id"]) if "manifest_line" in row else str(row["id"])
+        name = str(row["id"])
+        return self.sources.get(name, name) if "manifest_line" in row else name
 
     def write_rejects(self, path: str | os.PathLike[str]) -> None:
         """One JSON object a line: source, line, reason."""

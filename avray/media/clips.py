@@ -31,6 +31,8 @@ def read_video(path: str, start_s: float = 0.0, duration_s: float | None = None,
         kind = kind_of(path, file)
         info = container.video_header(path, file, kind)
         limits.check_video(path, info)
+        if start_s >= info.duration_s:
+            raise DataError(f"{path} has no pictures from {start_s:g} s on: it ends at {info.duration_s:g} s.")
         rate = frame_rate_hz or info.frame_rate_hz
         wanted_s = max(0.0, info.duration_s - start_s) if duration_s is None else duration_s
         number = max(1, round(wanted_s * rate))

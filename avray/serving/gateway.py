@@ -207,6 +207,8 @@ class Gateway:
         card = entry.card
         assert card is not None
         check(body, card, self.serve.limits, route)
+        if card.tasks:
+            body = body.model_copy(update={"task": task_of(body, card, route)})
         try:
             rate_hz = rate_of(body.response_format, body.sample_rate, card.sample_rate_hz)
         except ValueError as error:
@@ -225,12 +227,21 @@ class Gateway:
         return replace(work, deadline=math.inf, ask=replace(work.ask, stream=True))
 
 
+def task_of(body: Sound, card: Card, route: str) -> str:
+    """The task asked for, or the route's first. ApiError for one that the route does not answer."""
+    tasks = card.tasks_of(route)
+    if body.task is not None and body.task not in tasks:
+        raise ApiError(400, f"task {body.task!r} is not answered here; of model {card.name}, {route} takes "
+                            f"{', '.join(tasks)}.", "task", "wrong_task")
+    return body.task or tasks[0]
+
+
 def model_object(card: Card) -> dict[str, Any]:
     """OpenAI's four fields, and what a client of avray wants to know beside them."""
     return {"id": card.name, "object": "model", "created": card.created, "owned_by": "avray", "family": card.family,
-            "modality": card.modality, "takes": card.takes, "options": card.options, "routes": card.routes,
-            "sample_rate": card.sample_rate_hz, "default_seconds": card.segment_s, "step": card.step,
-            "checkpoint": card.checkpoint}
+            "modality": card.modality, "takes": card.takes, "tasks": card.tasks, "options": card.options,
+            "routes": card.routes, "sample_rate": card.sample_rate_hz, "default_seconds": card.segment_s,
+            "step": card.step, "checkpoint": card.checkpoint}
 
 
 SOUND: dict[int | str, dict[str, Any]] = {200: {"description": "The sound, as response_format says.", "content": {

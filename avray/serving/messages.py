@@ -48,6 +48,7 @@ class Refusal:
     param: str | None = None
 
 
+TEXT_ROUTES = ("/v1/completions", "/v1/audio/transcriptions")
 Takes = Literal["nothing", "text", "audio", "text+audio"]
 
 
@@ -68,18 +69,27 @@ class Card:
     created: int
     slots: int
     max_replicas: int
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    """Each task's modality, where a request's task chooses what it gets."""
+
+    def tasks_of(self, route: str) -> list[str]:
+        """Those that a route answers."""
+        modality = "text" if route in TEXT_ROUTES else "audio"
+        return [task for task, made in self.tasks.items() if made == modality]
 
     @property
     def routes(self) -> tuple[str, ...]:
         """The HTTP routes that this model answers."""
         asked = any(kind in self.takes for kind in ("nothing", "text"))
         heard = any(kind in self.takes for kind in ("audio", "text+audio"))
-        if self.modality == "audio":
-            return (("/v1/audio/generate", "/v1/audio/speech") if asked else ()) + (
+        routes: tuple[str, ...] = ()
+        modalities = set(self.tasks.values()) or {self.modality}
+        if "audio" in modalities:
+            routes += (("/v1/audio/generate", "/v1/audio/speech") if asked else ()) + (
                 ("/v1/audio/continuations",) if heard else ())
-        if self.modality == "text":
-            return (("/v1/completions",) if asked else ()) + (("/v1/audio/transcriptions",) if heard else ())
-        return ("/v1/videos",) if asked and self.modality == "video" else ()
+        if "text" in modalities:
+            routes += (("/v1/completions",) if asked else ()) + (("/v1/audio/transcriptions",) if heard else ())
+        return routes
 
     @property
     def capacity(self) -> int:

@@ -109,22 +109,23 @@ class Model:
     async def _parts(self, stream: Stream, in_parts: bool) -> AsyncIterator[Part | Refusal]:
         held: list[Any] = []
         num_held, first = 0, True
-        rate = self.engine.renderer.sample_rate_hz
         async for outputs in stream.batches():
             last: Output = outputs[-1]
             made = [output.media for output in outputs if output.media is not None]
-            held, num_held = held + made, num_held + sum(len(media.T) if rate else len(media) for media in made)
+            held = held + made
+            num_held += sum(len(media) if isinstance(media, str) else len(media.T) for media in made)
             if last.error is not None:
                 yield refusal(last.error)
                 return
-            enough = num_held > 0 and (first or num_held >= PART_S * rate)
+            least = 1 if held and isinstance(held[0], str) else PART_S * self.engine.renderer.sample_rate_hz
+            enough = num_held > 0 and (first or num_held >= least)
             if last.done or (in_parts and enough):
                 yield self._part(held, last.done, stream.request.audio)
                 held, num_held, first = [], 0, False
 
     def _part(self, held: list[Any], done: bool, heard: Audio | None) -> Part:
         rate = self.engine.renderer.sample_rate_hz
-        if not rate:
+        if (isinstance(held[0], str) if held else self.engine.renderer.modality == "text"):
             return Part("".join(held), done, checkpoint=self._card.checkpoint, heard_s=heard.seconds if heard else 0.0)
         channels = held[0].shape[0] if held else 1
         return Part(b"".join(map(samples16, held)), done, rate, channels, self._card.checkpoint)
@@ -167,10 +168,13 @@ def make_card(settings: ModelSettings, engine: Engine, checkpoint: Checkpoint) -
     sound = Audio(np.zeros((1, rate), np.float32), rate)
     kinds = {"nothing": Request(), "text": Request(text="a"), "audio": Request(audio=sound),
              "text+audio": Request(text="a", audio=sound)}
-    taken = {kind: request for kind, request in kinds.items() if _takes(engine, request)}
+    tasks = dict(getattr(engine.renderer, "tasks", {}))
+    asked = [(kind, replace(request, task=task)) for task in tasks or (None,) for kind, request in kinds.items()]
+    accepted = [(kind, request) for kind, request in asked if _takes(engine, request)]
+    taken = [kind for kind in kinds if any(kind == other for other, _ in accepted)]
     options = [name for name in _TRIED.given() if any(
         _takes(engine, replace(request, options=Options(**{name: getattr(_TRIED, name)})))
-        for request in taken.values())]
+        for _, request in accepted)]
     assert set(kinds) == set(get_args(Takes))
     return Card(
         name=settings.name, family=str(checkpoint.family["name"]), modality=engine.renderer.modality,
@@ -178,7 +182,7 @@ def make_card(settings: ModelSettings, engine: Engine, checkpoint: Checkpoint) -
         sample_rate_hz=engine.renderer.sample_rate_hz, segment_s=engine.family.segment_s,
         checkpoint=str(checkpoint.manifest["sha256"]), step=checkpoint.step,
         created=int((checkpoint.path / MANIFEST).stat().st_mtime), slots=settings.replica.slots,
-        max_replicas=settings.replica.max_replicas)
+        max_replicas=settings.replica.max_replicas, tasks=tasks)
 
 
 def _takes(engine: Engine, request: Request) -> bool:

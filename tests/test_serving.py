@@ -44,7 +44,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     save_continuation(folder / "next")
     save_codec_lm(folder / "speech")
-    save_multitask(folder / "tasks")
     return folder
 
 
@@ -298,12 +297,13 @@ def test_lossless_formats_keep_every_sample(format: str, channels: int) -> None:
         assert np.array_equal(decoded, samples)
 
 
-def test_a_model_of_several_tasks_answers_each_on_its_own_route(runs: Path) -> None:
-    with server({"tasks": runs / "tasks"}, SERVE) as client:
+def test_a_model_of_several_tasks_answers_each_on_its_own_route(tmp_path: Path) -> None:
+    save_multitask(tmp_path)
+    with server({"tasks": tmp_path}, SERVE) as client:
         model = client.get("/v1/models/tasks").json()
         assert model["tasks"] == {"text": "text", "code": "text", "audio": "audio"}
         assert model["routes"] == ["/v1/audio/generate", "/v1/audio/speech", "/v1/completions"]
-        own = avray.load(str(runs / "tasks"), slots=2)
+        own = avray.load(str(tmp_path), slots=2)
         ask = {"model": "tasks", "input": "say a", "seed": 3}
         for task in ("text", "code"):
             said = client.post("/v1/completions", json={**ask, "task": task, "max_tokens": 5}).json()

@@ -26,7 +26,7 @@ from avray.encoders.clips import ClipNumbers, ClipStates
 from avray.encoders.hidden_states import HiddenStates
 from avray.encoders.tokens import CHARACTERS, Tokens, open_tokens, read_characters, read_tokens
 from avray.families.multitask_figures import Retrieval, figures
-from avray.families.multitask_losses import bigram_loss, embedding_losses, hidden_states, mean_losses
+from avray.families.multitask_losses import LENGTH_GROUPS, bigram_loss, embedding_losses, hidden_states, mean_losses
 from avray.families.multitask_model import (
     EMBEDDED,
     TASKS,
@@ -237,7 +237,8 @@ class Multitask:
         """``tokens`` and ``targets`` ``[batch, time]`` (-1 is nothing), ``length`` of the prompts, ``task``, ``weight``
         and ``as_json`` ``[batch]``; and of each embedded task ``<task>`` ``[k, vectors, width]`` in [-1, 1], its
         ``<task>.row`` and its number of vectors ``<task>.count`` ``[k]``; where a decoder learns, ``<task>.decoded``
-        ``[k, frames, width]`` and its weight ``<task>.known`` ``[k]``, 0 where it is not known."""
+        ``[k, frames, width]`` and its weight ``<task>.known`` ``[k]``, 0 where it is not known. ``alike0.row`` and on
+        are the rows by length, ``alike0.step`` the steps that the longest of each group needs."""
         tokens = open_tokens(fitted.data["tokens"])
         prompts = [self._ids(row, tokens, False) if "task" in row else [tokens.end] for row in rows]
         outputs = [self._outputs(row, tokens) for row in rows]
@@ -245,8 +246,9 @@ class Multitask:
             self._check_request(row, prompt, tokens)
         vectors = {index: self._vectors(row, fitted) for index, row in enumerate(rows)
                    if row.get("task") in EMBEDDED and row["weight"] and not row.get("asked")}
-        length = max(len(prompt) - 1 + max(1, len(output), len(vectors.get(index, ())))
-                     for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)))
+        needed = [len(prompt) - 1 + max(1, len(output), len(vectors.get(index, ())))
+                  for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))]
+        length = max(needed)
         inputs, targets = np.full((len(rows), length), tokens.end), np.full((len(rows), length), -1)
         for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
             line = [*prompt, *output][:length]
@@ -259,6 +261,9 @@ class Multitask:
         named = {"tokens": inputs, "targets": targets, "weight": weight, "length": np.array(list(map(len, prompts))),
                  "task": np.array([TASKS.index(row.get("task", TASKS[0])) for row in rows]),
                  "as_json": np.array([bool(row.get("as_json")) for row in rows])}
+        for index, alike in enumerate(np.array_split(np.argsort(needed, kind="stable"), LENGTH_GROUPS)):
+            longest = max((needed[row] for row in alike), default=0)
+            named |= {f"alike{index}.row": alike, f"alike{index}.step": np.arange(longest)}
         counts = dict.fromkeys(self.terms, 0.0)
         for index, task in enumerate(WRITTEN):
             if task in counts:
@@ -388,7 +393,7 @@ class Multitask:
     def prompt(self, request: Request) -> Prompt:
         """A task and a text; ``fields={"embedding": True}`` asks for the numbers as JSON in place of the medium."""
         for name in ("audio", "video"):
-            if getattr(request, name) is not None:
+            if getattr(request, name) is not None and not request.fields.get(name):  # a row's file is its own answer
                 raise ValueError(f"{name} has no meaning for this model; it takes a task and a text.")
         task = request.task or request.fields.get("task")
         if task is None and len(self.tasks) == 1:

@@ -17,9 +17,13 @@ from avray.families.multitask_rows import scaled
 from avray.family import Batch, Fitted
 from avray.nn.bigram import Bigram
 
+LENGTH_GROUPS = 4
+"""Rows of a batch go through the transformer in so many groups of like length: an answer of one vector needs half the
+steps of a line of code."""
+
 
 def hidden_states(model: MultitaskModel, batch: Batch) -> Float[Tensor, "batch time width"]:
-    """Of the tokens, and of each sequence's embeddings but the last behind its prompt."""
+    """Of the tokens, and of each sequence's embeddings but the last behind its prompt; 0 behind a row's own steps."""
     x = model.embed(batch["tokens"])
     for task, head in model.heads.items():
         if head.into is None or task not in batch.tensors:
@@ -31,7 +35,15 @@ def hidden_states(model: MultitaskModel, batch: Batch) -> Float[Tensor, "batch t
         given = torch.zeros_like(x).index_put((rows, at), head.into(batch[task].to(x.dtype)) * put, accumulate=True)
         taken = torch.zeros_like(x[..., :1]).index_put((rows, at), put, accumulate=True)
         x = x * (1 - taken) + given
-    return model.transformer(x)
+    hidden = None
+    for index in range(LENGTH_GROUPS):
+        rows, steps = batch[f"alike{index}.row"][:, None], batch[f"alike{index}.step"]
+        if len(rows):
+            part = model.transformer(x[rows, steps])
+            hidden = part.new_zeros(x.shape) if hidden is None else hidden
+            hidden = hidden.index_put((rows, steps), part)
+    assert hidden is not None, "a batch has rows"
+    return hidden
 
 
 def places(task: str, batch: Batch, offset: int) -> tuple[Int[Tensor, "k vectors"], Int[Tensor, "k vectors"]]:

@@ -17,7 +17,7 @@ from avray.families.multitask_rows import scaled
 from avray.family import Batch, Fitted
 from avray.nn.bigram import Bigram
 
-LENGTH_GROUPS = 4
+LENGTH_GROUPS = 3
 """Rows of a batch go through the transformer in so many groups of like length: an answer of one vector needs half the
 steps of a line of code."""
 

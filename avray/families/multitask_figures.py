@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from avray.families.multitask_losses import foreseen, hidden_states
 from avray.families.multitask_model import EMBEDDED, TASKS, WRITTEN, MultitaskModel, noise_of
 from avray.families.multitask_rows import scaled
-from avray.family import Batch, Fitted, Mean
+from avray.family import Batch, Fitted, Mean, Perplexity
 
 
 @dataclass
@@ -36,14 +36,6 @@ class Retrieval:
         distances = ((guesses[:, None] - targets[None]) ** 2).sum(-1)
         nearer = (distances < np.diag(distances)[:, None]).sum(1)
         return float((nearer < self.most).mean())
-
-
-@dataclass
-class Perplexity(Mean):
-    """exp of a mean of nats."""
-
-    def value(self) -> float:
-        return float(np.exp(super().value()))
 
 
 @torch.no_grad()

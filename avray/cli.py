@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from avray.config import (
@@ -172,6 +173,7 @@ def _run_hydra(main: Callable[[Any], str], command: Command, arguments: list[str
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from avray import jobs
     from avray.settings import composing
 
     if "--version" in arguments:
@@ -190,7 +192,11 @@ def _run_hydra(main: Callable[[Any], str], command: Command, arguments: list[str
     def job(config: Any) -> None:
         # Left by SystemExit, which Hydra lets through, so that it adds no lines of its own.
         try:
-            print(main(_settings(command, composing.plain(config))), flush=True)
+            settings = _settings(command, composing.plain(config))
+            if jobs.is_remote(getattr(settings, "cluster", None)) and command is not APP:
+                job_sent = jobs.job_of(Path(own_arguments[0]), arguments)
+                sys.exit(jobs.run(settings.cluster, command.name, job_sent))
+            print(main(settings), flush=True)
         except (OmegaConfBaseException, HydraException) as error:
             sys.exit(_report(ValueError(composing.explain(error, command.name, command.settings))))
         except (Exception, KeyboardInterrupt) as error:

@@ -7,6 +7,8 @@ are checked in every call, in this process (Ray's workers run avray as it is).
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,3 +81,11 @@ def ray_session() -> Iterator[None]:
     context.enable_progress_bars = False
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Ray's sockets have to lie under a short path."""
+    folder = Path(tempfile.mkdtemp(prefix="avray-test-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)

@@ -3,63 +3,22 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import requests
 import yaml
 
+from tests.commands import BIN, ROOT, TOKEN, ray_head, running
 from tests.serving import save_continuation
 from tests.test_serving import wav
 from tests.test_serving_ray import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 SECRET = "an old violin nobody plays"
-
-
-@pytest.fixture
-def short_folder() -> Iterator[Path]:
-    """Ray's sockets have to lie under a short path."""
-    folder = Path(tempfile.mkdtemp(prefix="avray-test-", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder)
-
-
-@contextmanager
-def running(command: list[str], cwd: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE_")}
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**inherited, "PYTHONPATH": str(ROOT), **environment}, start_new_session=True)
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-
-
-def wait_listening(port: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
-    while True:
-        assert process.poll() is None and time.monotonic() < deadline
-        try:
-            requests.get(f"http://127.0.0.1:{port}/api/version", timeout=5)
-            return
-        except requests.ConnectionError:
-            time.sleep(0.5)
 
 
 def wait_ready(address: str, process: subprocess.Popen[str]) -> None:
@@ -116,15 +75,11 @@ def test_serve_deploy_and_serve_run(short_folder: Path) -> None:
     (short_folder / "config.yaml").write_text(yaml.safe_dump(config))
 
     def serve(*arguments: str) -> None:
-        done = subprocess.run([BIN / "serve", *arguments], cwd=ROOT, env=os.environ | environment, text=True,
+        done = subprocess.run([BIN / "serve", *arguments], cwd=ROOT, env=os.environ | TOKEN | environment, text=True,
                               capture_output=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    ray_head = [str(BIN / "ray"), "start", "--head", "--block", f"--port={head}", f"--dashboard-port={dashboard}",
-                "--node-ip-address=127.0.0.1", "--num-cpus=4", f"--temp-dir={short_folder}/ray",
-                f"--object-store-memory={256 << 20}", "--disable-usage-stats", "--dashboard-host=127.0.0.1"]
-    with running(ray_head, short_folder) as process:
-        wait_listening(dashboard, process)
+    with ray_head(short_folder, head, dashboard) as process:
         serve("deploy", str(short_folder / "config.yaml"), "--address", f"http://127.0.0.1:{dashboard}")
         wait_ready(address, process)
         deployed = ask(address, "music")

@@ -27,7 +27,7 @@ from typing import Any
 
 from avray.errors import MissingDependency
 
-EXCLUDES = ["**/.*", "**/__pycache__", "**/*.egg-info", "/runs", "/cache"]
+EXCLUDES = ["**/.?*", "**/__pycache__", "**/*.egg-info", "/runs", "/cache"]
 """Of the folder that travels."""
 PATHS = ("data.path", "data.cache", "data.texts", "checkpoint", "audio", "output", "init_from")
 RETRY_S = 2.0
@@ -170,6 +170,7 @@ def follow(client: Any, submission: str) -> int:
 
     while True:
         try:
+            client.get_job_info(submission)  # the log of an unknown job would only fail to open, as on a lost line
             with contextlib.suppress(TimeoutError):  # nothing to say, or nobody there any more
                 asyncio.run(tail())
             details = client.get_job_info(submission)

@@ -22,7 +22,7 @@ from torch import nn
 from avray.checkpoint import Checkpoint
 from avray.errors import DataError
 from avray.family import Column, Family, Fitted, Media, Modality, Network, Options, Render, Request, Row, role_columns
-from avray.media import Audio, Video, read_audio, resampled_length
+from avray.media import Audio, Video, read_audio, resampled_length, rescaled
 from avray.registry import saved_family
 
 
@@ -152,8 +152,12 @@ class Engine:
         network = self._networks.get(column.id())
         if network is None:
             network = self._networks[column.id()] = column.encoder.load(self.device)
-        value = resampled(media, network.sample_rate_hz) if isinstance(media, Audio) else media
-        return network.encode_batch([value])[0].astype(column.dtype)  # type: ignore[list-item]
+        value: Any = media
+        if isinstance(media, Audio):
+            value = resampled(media, network.sample_rate_hz)
+        elif isinstance(media, Video):
+            value = rescaled(media, network.sampling_hz, network.size)  # type: ignore[attr-defined]
+        return network.encode_batch([value])[0].astype(column.dtype)
 
     def media(self, pieces: Sequence[Any]) -> Media:
         """A request's outputs joined."""

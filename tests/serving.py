@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import requests
 import torch
+import uvicorn
 from starlette.testclient import TestClient
 
 from avray import checkpoint as checkpoints
@@ -73,6 +77,15 @@ def save_multitask(run: Path) -> Path:
     rows += [{"id": str(n), "weight": 1.0, "task": "audio", "prompt": "say a", "embedding": [[-8.0 + n] * 128]}
              for n in (0, 1)]
     return _save(run, MULTITASK, rows, 1, 0)
+
+
+def save_clips(run: Path, **options: Any) -> Path:
+    """A ``multitask`` of sounds and clips, whose tones and colours are those of ``tone`` and ``clip``."""
+    family = Multitask(Spectral(), segment_s=0.4, width=16, num_layers=1, num_heads=2,
+                       task_weights=TaskWeights(text=0.0, code=0.0, image=0.0), **options)
+    rows = [{"id": f"{task}{n}", "weight": 1.0, "task": task, "prompt": "show a", "embedding": [[-8.0 + n] * width]}
+            for n in (0, 1) for task, width in (("audio", 128), ("video", 256))]
+    return _save(run, family, rows, 1, 0)
 
 
 def _save(run: Path, family: Any, rows: list[dict[str, Any]], step: int, seed: int) -> Path:
@@ -136,6 +149,29 @@ class Local:
             self.model = Model.__new__(Model)
             await self.model.__init__(self.settings)
         return self.model
+
+
+@contextlib.contextmanager
+def listening(models: dict[str, Path], serve: ServeSettings, keys: Keys = NO_KEYS) -> Iterator[int]:
+    """The port of a gateway behind uvicorn, for clients that need one."""
+    handles = {name: Local(ModelSettings(name, str(run), serve.replica, serve.limits)) for name, run in models.items()}
+    app = Gateway(GatewaySettings(serve, keys), handles).__serve_build_asgi_app__()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    try:
+        for _ in range(200):
+            with contextlib.suppress(requests.ConnectionError):
+                if requests.get(f"http://127.0.0.1:{port}/v1/health/ready", timeout=10).status_code == 200:
+                    break
+            time.sleep(0.1)
+        yield port
+    finally:
+        running.should_exit = True
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -302,7 +302,8 @@ def test_a_model_of_several_tasks_answers_each_on_its_own_route(tmp_path: Path) 
     with server({"tasks": tmp_path}, SERVE) as client:
         model = client.get("/v1/models/tasks").json()
         assert model["tasks"] == {"text": "text", "code": "text", "audio": "audio"}
-        assert model["routes"] == ["/v1/audio/generate", "/v1/audio/speech", "/v1/completions"]
+        assert model["routes"] == ["/v1/audio/generate", "/v1/audio/speech", "/v1/embeddings", "/v1/media/embeddings",
+                                   "/v1/completions"]
         own = avray.load(str(tmp_path), slots=2)
         ask = {"model": "tasks", "input": "say a", "seed": 3}
         for task in ("text", "code"):

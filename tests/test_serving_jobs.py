@@ -18,7 +18,7 @@ from avray.settings.serve import JobSettings, LimitSettings, ReplicaSettings, Se
 from tests.serving import save_codec_lm, server
 from tests.test_serving import error_of
 
-CARD = Card("toy", "toy", "audio", ("nothing", "text"), ("seconds",), 24_000, 1.0, "f" * 64, 1, 0, 1, 1)
+CARD = Card("toy", "toy", "audio", ("nothing", "text"), {None: ("seconds",)}, 24_000, 1.0, "f" * 64, 1, 0, 1, 1)
 
 
 class Toy:
@@ -314,7 +314,7 @@ class Writer(Toy):
     def card(self) -> Any:
         class Method:
             async def remote(self) -> Card:
-                return replace(CARD, modality="text", takes=("text", "audio"), options=("temperature",),
+                return replace(CARD, modality="text", takes=("text", "audio"), options={None: ("temperature",)},
                                sample_rate_hz=0)
 
         return Method()

@@ -111,8 +111,9 @@ def test_error_types(client: openai.OpenAI, site: Any) -> None:
     assert refused.value.param == "voice"
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{site[2]}/v1", api_key="wrong").models.list()
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.BadRequestError) as unfit:
         client.embeddings.create(model="speech", input="a")
+    assert unfit.value.code == "wrong_model"
 
 
 def test_a_client_that_leaves_stops_the_work(client: openai.OpenAI, site: Any) -> None:

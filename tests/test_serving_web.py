@@ -6,23 +6,18 @@ import asyncio
 import itertools
 import json
 import shutil
-import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 import websockets
 
 from avray.serving.auth import Keys
-from avray.serving.gateway import Gateway, GatewaySettings
-from avray.serving.model import ModelSettings
 from avray.settings.serve import JobSettings, ServeSettings
-from tests.serving import Local, save_codec_lm, save_continuation
+from tests.serving import listening, save_codec_lm, save_continuation
 from tests.test_serving import wav
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -36,19 +31,11 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("web")
     serve = ServeSettings(jobs=JobSettings(str(folder / "jobs")))
     runs = {"next": save_continuation(folder / "next"), "speech": save_codec_lm(folder / "speech")}
-    handles = {name: Local(ModelSettings(name, str(run), serve.replica, serve.limits)) for name, run in runs.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AVRAY_API_KEYS", KEY)
-        app = Gateway(GatewaySettings(serve, Keys.from_environment()), handles).__serve_build_asgi_app__()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    yield f"127.0.0.1:{port}"
-    running.should_exit = True
-    thread.join()
+        keys = Keys.from_environment()
+    with listening(runs, serve, keys) as port:
+        yield f"127.0.0.1:{port}"
 
 
 class Page:

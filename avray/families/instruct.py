@@ -298,7 +298,7 @@ class Instruct:
         told = batch["told"] > 0
         if not bool(told.any()):
             return {}
-        ratio = (model.ask(batch.tensors).log_seconds - batch["log_seconds"]).exp()[told]
+        ratio = (model.ask(batch.tensors).log_seconds.detach() - batch["log_seconds"]).exp()[told]
         count = float(told.sum())
         return {"duration_within_10_percent": Mean(float(((ratio - 1).abs() <= 0.1).sum()), count),
                 "duration_error_percent": Mean(float(100 * (ratio - 1).abs().sum()), count)}

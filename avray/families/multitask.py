@@ -40,6 +40,7 @@ from avray.families.multitask_model import (
 from avray.families.multitask_rows import TaskRow, limits, pooled, prompt_of, read_row, scaled
 from avray.families.multitask_sampler import Generation, MediaRenderer, MultitaskSampler
 from avray.family import Batch, Column, Example, Fitted, Mean, Metric, Options, Prompt, Question, Request, Row, Unit
+from avray.media import Audio, Video
 from avray.nn.bigram import Bigram
 from avray.nn.transformer import Mlp, Norm, Positions, TransformerConfig
 
@@ -234,18 +235,18 @@ class Multitask:
         return [*([] if with_output else [task]), *tokens.encode(row["prompt"]), *output]
 
     def collate(self, rows: Sequence[Row], fitted: Fitted) -> Batch:
-        """``tokens`` and ``targets`` ``[batch, time]`` (-1 is nothing), ``length`` of the prompts, ``task``, ``weight``
-        and ``as_json`` ``[batch]``; and of each embedded task ``<task>`` ``[k, vectors, width]`` in [-1, 1], its
-        ``<task>.row`` and its number of vectors ``<task>.count`` ``[k]``; where a decoder learns, ``<task>.decoded``
-        ``[k, frames, width]`` and its weight ``<task>.known`` ``[k]``, 0 where it is not known. ``alike0.row`` and on
-        are the rows by length, ``alike0.step`` the steps that the longest of each group needs."""
+        """``tokens`` and ``targets`` ``[batch, time]`` (-1 is nothing), ``length`` of the prompts, ``task``,
+        ``weight``, ``as_json`` and ``given`` ``[batch]``; and of each embedded task ``<task>`` ``[k, vectors, width]``
+        in [-1, 1], its ``<task>.row`` and its number of vectors ``<task>.count`` ``[k]``; where a decoder learns,
+        ``<task>.decoded`` ``[k, frames, width]`` and its weight ``<task>.known`` ``[k]``, 0 where it is not known.
+        ``alike0.row`` and on are the rows by length, ``alike0.step`` the steps that the longest of each group needs."""
         tokens = open_tokens(fitted.data["tokens"])
         prompts = [self._ids(row, tokens, False) if "task" in row else [tokens.end] for row in rows]
         outputs = [self._outputs(row, tokens) for row in rows]
         for row, prompt in zip(rows, prompts, strict=True):
             self._check_request(row, prompt, tokens)
         vectors = {index: self._vectors(row, fitted) for index, row in enumerate(rows)
-                   if row.get("task") in EMBEDDED and row["weight"] and not row.get("asked")}
+                   if row.get("task") in EMBEDDED and row["weight"] and (row.get("given") or not row.get("asked"))}
         needed = [len(prompt) - 1 + max(1, len(output), len(vectors.get(index, ())))
                   for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))]
         length = max(needed)
@@ -260,7 +261,8 @@ class Multitask:
         weight = np.array([row["weight"] for row in rows], np.float32)
         named = {"tokens": inputs, "targets": targets, "weight": weight, "length": np.array(list(map(len, prompts))),
                  "task": np.array([TASKS.index(row.get("task", TASKS[0])) for row in rows]),
-                 "as_json": np.array([bool(row.get("as_json")) for row in rows])}
+                 "as_json": np.array([bool(row.get("as_json")) for row in rows]),
+                 "given": np.array([bool(row.get("given")) for row in rows])}
         for index, alike in enumerate(np.array_split(np.argsort(needed, kind="stable"), LENGTH_GROUPS)):
             longest = max((needed[row] for row in alike), default=0)
             named |= {f"alike{index}.row": alike, f"alike{index}.step": np.arange(longest)}
@@ -391,7 +393,10 @@ class Multitask:
         return Question(None, example.units.get(task), example.fields["prompt"], fields=asked)
 
     def prompt(self, request: Request) -> Prompt:
-        """A task and a text; ``fields={"embedding": True}`` asks for the numbers as JSON in place of the medium."""
+        """A task and a text; ``fields={"embedding": True}`` asks for the numbers as JSON in place of the medium, and
+        with a recording or a clip in place of the text for what the frozen network says of it."""
+        if request.fields.get("embedding") is True and (request.audio or request.video):
+            return self._given(request)
         for name in ("audio", "video"):
             if getattr(request, name) is not None and not request.fields.get(name):  # a row's file is its own answer
                 raise ValueError(f"{name} has no meaning for this model; it takes a task and a text.")
@@ -411,6 +416,20 @@ class Multitask:
         if not text and task in EMBEDDED:
             raise ValueError(f"prompt is missing: say what the {task} is to be.")
         return Prompt({}, {"task": task, "prompt": text, "asked": True, "as_json": as_json})
+
+    def _given(self, request: Request) -> Prompt:
+        """A file to be embedded: nothing is generated."""
+        media: Audio | Video
+        task, media = ("audio", request.audio) if request.audio else ("video", request.video)  # type: ignore[assignment]
+        if task not in self.tasks or request.task not in (None, task):
+            raise ValueError(f"{task} has no embedding for task {request.task or 'none'} of this model: it knows "
+                             f"{', '.join(self.tasks)}.")
+        request.options.allow()
+        seconds = media.seconds if isinstance(media, Audio) else len(media.frames) / media.frame_rate_hz
+        most = clip_dct.CLIP_S if task == "video" and self.vector_s is None else self.segment_s
+        if seconds > most + 0.05:
+            raise ValueError(f"{task} lasts {seconds:.2f} s, and an embedding stands for up to {most:g}: send a part.")
+        return Prompt({task: media}, {"task": task, "prompt": "", "asked": True, "as_json": True, "given": True})
 
     def _generation(self, options: Options, task: str | None = None) -> Generation:
         written = ("max_tokens", "temperature", "top_k", "top_p")

@@ -84,15 +84,22 @@ class MultitaskSampler:
         self.context = model.transformer.config.context
         self.cache = CachedTransformer(model.transformer, slots)
         self.busy: dict[int, Slot] = {}
+        self.given: dict[int, list[Foreseen]] = {}
         self.device = model.transformer.norm.weight.device
 
     @torch.inference_mode()
     def admit(self, slots: Sequence[int], batch: Batch, seeds: Sequence[int], options: Sequence[Options]) -> None:
         for i, slot in enumerate(slots):
-            assert slot not in self.busy, f"slot {slot} is busy"
+            assert slot not in self.busy and slot not in self.given, f"slot {slot} is busy"
             task = TASKS[int(batch["task"][i])]
             if task in self.untrained:
                 raise ValueError(f"task {task}: this model saw no row of it.")
+            if batch["given"][i]:
+                at = int((batch[f"{task}.row"] == i).nonzero())
+                vectors = batch[task][at, : int(batch[f"{task}.count"][at])]
+                plain = self.model.unscale(task, vectors).float().cpu().numpy()
+                self.given[slot] = [Foreseen(task, vector, vector[None], True) for vector in plain]
+                continue
             prompt = self.model.embed(batch["tokens"][i, : int(batch["length"][i])].to(self.device)[None])[0]
             self.cache.prefill(slot, prompt[:-1])
             self.busy[slot] = Slot(task, prompt[-1], len(prompt) - 1, self.generation(options[i], task), seeds[i],
@@ -100,11 +107,16 @@ class MultitaskSampler:
 
     def drop(self, slot: int) -> None:
         self.busy.pop(slot, None)
+        self.given.pop(slot, None)
 
     @torch.inference_mode()
     def step(self) -> list[Piece]:
-        if not self.busy:
-            return []
+        pieces = [Piece(slot, vector, vector is vectors[-1]) for slot, vectors in self.given.items()
+                  for vector in vectors]
+        self.given.clear()
+        return pieces + (self._generate() if self.busy else [])
+
+    def _generate(self) -> list[Piece]:
         rows = [self.busy.get(slot) for slot in range(self.slots)]
         nothing = torch.zeros_like(next(iter(self.busy.values())).x)
         x = torch.stack([row.x if row else nothing for row in rows])
@@ -173,6 +185,7 @@ class MediaRenderer:
     vector_s: float
     frame_rate_hz: float = clip_dct.FRAME_RATE_HZ
     """Of the pictures."""
+    size: int = clip_dct.SIZE
 
     @property
     def modality(self) -> Modality:
@@ -181,6 +194,11 @@ class MediaRenderer:
     @property
     def tasks(self) -> Mapping[str, Modality]:
         return {task: MODALITIES[task] for task in self.trained}
+
+    @property
+    def embeds(self) -> tuple[str, ...]:
+        """The tasks whose embeddings may be asked for, of a text or of a file."""
+        return tuple(task for task in self.trained if task in EMBEDDED)
 
     @property
     def sample_rate_hz(self) -> int:

@@ -6,6 +6,7 @@ stream may change it behind its header.
 
 from __future__ import annotations
 
+import av
 import numpy as np
 
 from avray.errors import DataError
@@ -54,3 +55,14 @@ def read_video(path: str, start_s: float = 0.0, duration_s: float | None = None,
         raise DataError(f"{path} has no pictures from {start_s:g} s on.")
     frames += [before] * (number - len(frames))
     return Video(np.stack(frames), rate)
+
+
+def rescaled(video: Video, frame_rate_hz: float, size: int) -> Video:
+    """A clip's pictures at another rate and ``size`` × ``size``, as ``read_video`` samples and scales a file's."""
+    number = max(1, round(len(video.frames) / video.frame_rate_hz * frame_rate_hz))
+    shown = ((np.arange(number) + 0.5) * video.frame_rate_hz / frame_rate_hz).astype(int)
+    frames = video.frames[np.minimum(shown, len(video.frames) - 1)]
+    if frames.shape[1:3] != (size, size):
+        frames = np.stack([av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                           .reformat(size, size, format="rgb24").to_ndarray() for frame in frames])
+    return Video(frames, frame_rate_hz)

@@ -50,8 +50,8 @@ def write_audio(target: str | os.PathLike[str] | BinaryIO, audio: Audio, format:
         file.write(buffer.getbuffer())
 
 
-def write_video(path: str | os.PathLike[str], video: Video) -> None:
-    """Write an H.264 MP4 (yuv420p, so any browser plays it), with AAC sound where there is any.
+def write_video(path: str | os.PathLike[str], video: Video, note: str | None = None) -> None:
+    """Write an H.264 MP4 (yuv420p, so any browser plays it), with AAC sound where there is any, and a comment.
 
     ValueError for no frames, an odd width or height (4:2:0 colour halves both), or sound that AAC cannot carry.
     """
@@ -60,6 +60,8 @@ def write_video(path: str | os.PathLike[str], video: Video) -> None:
         raise ValueError(f"{path} needs at least one frame and an even width and height, not {num_frames} frames of "
                          f"{width} x {height}; pad or crop the frames.")
     with av.open(os.fspath(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        if note is not None:
+            container.metadata["comment"] = note
         rate = Fraction(video.frame_rate_hz).limit_denominator(1001)
         # One thread and no B-frames: the bytes are then the same every time (x264's look-ahead differed in 17 of 36
         # clips over 24 tries with them), and the clips written here are short.

@@ -6,19 +6,22 @@ It knows no family. A model's card says which routes it answers; the rest is a 4
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import itertools
 import json
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 import avray
 from avray.serving import refusals
@@ -27,24 +30,35 @@ from avray.serving.directory import Directory
 from avray.serving.forms import read_form
 from avray.serving.generation import Generation, StreamedSound, Work
 from avray.serving.guard import Guard
-from avray.serving.job_routes import add_job_routes, job_object
+from avray.serving.job_routes import add_job_routes, job_object, video_object
 from avray.serving.jobs import Job
-from avray.serving.messages import Card, Part
+from avray.serving.messages import EMBEDDING_ROUTES, TEXT_ROUTES, VIDEO_ROUTES, Card, Part
 from avray.serving.metrics import Metrics
 from avray.serving.refusals import ApiError
-from avray.serving.schema import Completion, Sound, Speech, Transcription, ask, check, described
+from avray.serving.schema import (
+    Completion,
+    Embeddings,
+    MediaEmbeddings,
+    Sound,
+    Speech,
+    Transcription,
+    Video,
+    ask,
+    check,
+    described,
+)
 from avray.serving.sound import MEDIA_TYPES, rate_of
 from avray.serving.worker import Worker, digest_of
 from avray.settings.serve import ServeSettings
 
 WEB = Path(__file__).parent / "web"
 GENERATE, SPEECH, CONTINUATIONS = (f"/v1/audio/{name}" for name in ("generate", "speech", "continuations"))
-COMPLETIONS, TRANSCRIPTIONS = "/v1/completions", "/v1/audio/transcriptions"
-Body = TypeVar("Body", bound=Sound)
-ABSENT = ("/v1/embeddings", "/v1/media/embeddings", "/v1/videos",
-          "/v1/videos/sync")
-"""Of the interface, and of no family yet."""
-BODIES = {GENERATE: Sound, SPEECH: Speech, CONTINUATIONS: Sound}
+COMPLETIONS, TRANSCRIPTIONS = TEXT_ROUTES
+EMBEDDINGS, MEDIA_EMBEDDINGS = EMBEDDING_ROUTES
+VIDEOS, VIDEOS_SYNC = VIDEO_ROUTES
+Body = TypeVar("Body", bound=BaseModel)
+BODIES: dict[str, type[Sound]] = {GENERATE: Sound, SPEECH: Speech, CONTINUATIONS: Sound, VIDEOS: Video,
+                                  VIDEOS_SYNC: Video}
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,8 @@ class Gateway:
         self._system_routes(app)
         self._sound_routes(app)
         self._text_routes(app)
-        self._absent_routes(app)
+        self._video_routes(app)
+        self._embedding_routes(app)
         add_job_routes(app, self.worker)
         return app
 
@@ -144,15 +159,84 @@ class Gateway:
             return JSONResponse({"text": said} | (more if body.response_format == "verbose_json" else {}),
                                 headers=headers)
 
+    def _video_routes(self, app: FastAPI) -> None:
+        @app.post(VIDEOS, openapi_extra=either(Video))
+        async def videos(request: Request) -> dict[str, Any]:
+            body = await self._either(request, Video)
+            return video_object(await self._submit(self._work(body, VIDEOS, None), body, VIDEOS, request))
+
+        @app.post(VIDEOS_SYNC, responses=CLIP, openapi_extra=either(Video))
+        async def videos_sync(request: Request) -> Response:
+            return await self._sound(await self._either(request, Video), request, VIDEOS_SYNC)
+
+    def _embedding_routes(self, app: FastAPI) -> None:
+        @app.post(EMBEDDINGS)
+        async def embeddings(body: Embeddings, request: Request) -> dict[str, Any]:
+            """What the model means by each text: the vector that it would play or show. Of a model whose embeddings
+            are sequences, their mean."""
+            texts = [body.input] if isinstance(body.input, str) else body.input
+            asked = [Sound(model=body.model, input=text, task=body.task, seed=body.seed) for text in texts]
+            works = [self._work(one, EMBEDDINGS, None) for one in asked]
+            return await self._embedded(works, body, request)
+
+        @app.post(MEDIA_EMBEDDINGS, openapi_extra=multipart(MediaEmbeddings))
+        async def media_embeddings(request: Request) -> dict[str, Any]:
+            """What the model's frozen network says of a recording or a clip, where ``/v1/embeddings`` puts texts."""
+            body, file = await self._form(request, MediaEmbeddings)
+            entry = self.directory.get(body.model)
+            if entry.card is not None and len(entry.card.embeds) > 1 and body.task is None:
+                raise ApiError(400, f"task is missing: the file is one of {', '.join(entry.card.embeds)}.", "task",
+                               "missing_field")
+            work = self._work(Sound(model=body.model, task=body.task), MEDIA_EMBEDDINGS, None)
+            kind = {work.ask.task: file}
+            ask = replace(work.ask, audio=kind.get("audio"), video=kind.get("video"))
+            return await self._embedded([replace(work, ask=ask)], body, request)
+
+    async def _embedded(self, works: Sequence[Work], body: Embeddings | MediaEmbeddings,
+                        request: Request) -> dict[str, Any]:
+        """A vector for each, as many at a time as the model has slots. ApiError for another number of dimensions."""
+        request.scope["avray"]["log"] |= {"model": body.model}
+        at_once = asyncio.Semaphore(works[0].card.slots)
+
+        async def one(work: Work) -> np.ndarray:
+            async with at_once:
+                said, _ = await self.generation.text(replace(work, ask=replace(work.ask, embeds=True)))
+            vector = np.atleast_2d(np.array(json.loads(said)["embedding"], "<f4")).mean(0)
+            if body.dimensions not in (None, len(vector)):
+                raise ApiError(400, f"dimensions is {body.dimensions}, and model {body.model} has {len(vector)}.",
+                               "dimensions")
+            return vector
+
+        tasks = [asyncio.create_task(one(work)) for work in works]
+        try:
+            vectors = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        used = sum(len(work.ask.text or "") for work in works)
+        written = [base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64"
+                   else [round(float(number), 6) for number in vector] for vector in vectors]
+        return {"object": "list", "model": body.model, "usage": {"prompt_tokens": used, "total_tokens": used},
+                "data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(written)]}
+
     async def _form(self, request: Request, fields: type[Body]) -> tuple[Body, bytes]:
         form = await read_form(request, self.serve.limits)
-        try:
-            body = fields.model_validate(form.fields)
-        except ValidationError as error:
-            raise refusals.from_validation(error.errors()) from None
+        body = validated(fields, form.fields)
         if form.file is None:
             raise ApiError(400, "file is missing: send the recording.", "file", "missing_field")
         return body, form.file
+
+    async def _either(self, request: Request, fields: type[Body]) -> Body:
+        """A body as JSON, or as the form that OpenAI's client sends even without a file."""
+        if request.headers.get("content-type", "").lower().startswith("multipart/"):
+            form = await read_form(request, self.serve.limits)
+            if form.file is not None:
+                raise ApiError(400, "No file is taken here, but a prompt.", "file")
+            return validated(fields, form.fields)
+        try:
+            return fields.model_validate_json(await request.body())
+        except ValidationError as error:
+            raise refusals.from_validation(error.errors()) from None
 
     async def _text(self, body: Completion, request: Request, route: str,
                     audio: bytes | None = None) -> tuple[str, Part, dict[str, str]]:
@@ -161,13 +245,6 @@ class Gateway:
         said, last = await self.generation.text(work)
         return said, last, {**work.headers, "x-avray-checkpoint": last.checkpoint}
 
-    def _absent_routes(self, app: FastAPI) -> None:
-        async def absent(request: Request) -> Response:
-            raise ApiError(404, f"No model here answers {request.url.path}.", "model", "no_model_for_route")
-
-        for path in ABSENT:
-            app.add_api_route(path, absent, methods=["POST"], include_in_schema=False)
-
     async def _sound(self, body: Sound, request: Request, route: str, audio: bytes | None = None) -> Response:
         log, owner = request.scope["avray"]["log"], request.scope["avray"]["owner"]
         given = body.model_dump(exclude_unset=True)
@@ -175,13 +252,9 @@ class Gateway:
         log |= {"model": work.card.name, "seed": work.ask.seed}
         if self.serve.log_prompts:
             log["prompt"] = body.input
-        key = request.headers.get("idempotency-key")
-        if key is not None and not 0 < len(key) <= 255:
-            raise ApiError(400, "Idempotency-Key has from 1 to 255 characters.")
+        key = key_of(request)
         if "respond-async" in request.headers.get("prefer", "").lower():
-            document = {"route": route, "body": {**given, "seed": work.ask.seed}}
-            job = Job(owner, work.card.name, document, key=key, digest=digest_of(route, given, audio))
-            job = await self.worker.submit(job, audio)
+            job = await self._submit(work, body, route, request, audio)
             return JSONResponse(job_object(job), 202, {"location": f"/v1/jobs/{job.id}",
                                                        "preference-applied": "respond-async"})
         if key is not None:
@@ -201,14 +274,25 @@ class Gateway:
             raise
         return StreamedSound(self.generation, work, parts, first, body.stream_format == "sse")
 
+    async def _submit(self, work: Work, body: Sound, route: str, request: Request, audio: bytes | None = None) -> Job:
+        given = body.model_dump(exclude_unset=True)
+        document = {"route": route, "body": {**given, "seed": work.ask.seed}, "seconds": f"{work.seconds:g}",
+                    "size": work.card.video_size}
+        job = Job(request.scope["avray"]["owner"], work.card.name, document, key=key_of(request),
+                  digest=digest_of(route, given, audio))
+        return await self.worker.submit(job, audio)
+
     def _work(self, body: Sound, route: str, audio: bytes | None) -> Work:
         """What is to be made. ApiError for what cannot be."""
         entry = self.directory.get(body.model)
         card = entry.card
         assert card is not None
-        check(body, card, self.serve.limits, route)
+        if route not in card.routes:
+            raise ApiError(400, f"Model {card.name} does not answer {route}, but "
+                                f"{', '.join(card.routes) or 'nothing'}.", "model", "wrong_model")
         if card.tasks:
             body = body.model_copy(update={"task": task_of(body, card, route)})
+        check(body, card, self.serve.limits)
         try:
             rate_hz = rate_of(body.response_format, body.sample_rate, card.sample_rate_hz)
         except ValueError as error:
@@ -227,6 +311,20 @@ class Gateway:
         return replace(work, deadline=math.inf, ask=replace(work.ask, stream=True))
 
 
+def validated(fields: type[Body], given: dict[str, Any]) -> Body:
+    try:
+        return fields.model_validate(given)
+    except ValidationError as error:
+        raise refusals.from_validation(error.errors()) from None
+
+
+def key_of(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 0 < len(key) <= 255:
+        raise ApiError(400, "Idempotency-Key has from 1 to 255 characters.")
+    return key
+
+
 def task_of(body: Sound, card: Card, route: str) -> str:
     """The task asked for, or the route's first. ApiError for one that the route does not answer."""
     tasks = card.tasks_of(route)
@@ -238,17 +336,30 @@ def task_of(body: Sound, card: Card, route: str) -> str:
 
 def model_object(card: Card) -> dict[str, Any]:
     """OpenAI's four fields, and what a client of avray wants to know beside them."""
+    options = sorted({*itertools.chain(*card.options.values())})
     return {"id": card.name, "object": "model", "created": card.created, "owned_by": "avray", "family": card.family,
-            "modality": card.modality, "takes": card.takes, "tasks": card.tasks, "options": card.options,
+            "modality": card.modality, "takes": card.takes, "tasks": card.tasks, "options": options,
             "routes": card.routes, "sample_rate": card.sample_rate_hz, "default_seconds": card.segment_s,
             "step": card.step, "checkpoint": card.checkpoint}
 
 
-SOUND: dict[int | str, dict[str, Any]] = {200: {"description": "The sound, as response_format says.", "content": {
-    kind: {"schema": {"type": "string", "format": "binary"}} for kind in sorted(set(MEDIA_TYPES.values()))}}}
+def _files(description: str, kinds: set[str]) -> dict[int | str, dict[str, Any]]:
+    return {200: {"description": description, "content": {
+        kind: {"schema": {"type": "string", "format": "binary"}} for kind in sorted(kinds)}}}
 
 
-def multipart(fields: type[Sound]) -> dict[str, Any]:
+CLIP = _files("The clip.", {MEDIA_TYPES["mp4"]})
+SOUND = _files("The sound, as response_format says.", {*MEDIA_TYPES.values()} - {MEDIA_TYPES["mp4"]})
+
+
+def either(fields: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a body that is JSON or a form."""
+    content = {"schema": fields.model_json_schema()}
+    return {"requestBody": {"required": True, "content": {"application/json": content,
+                                                          "multipart/form-data": content}}}
+
+
+def multipart(fields: type[BaseModel]) -> dict[str, Any]:
     """The schema of a form: a file, and the fields of ``fields``."""
     schema = fields.model_json_schema()
     schema["properties"] = {"file": {"type": "string", "format": "binary"}} | schema["properties"]

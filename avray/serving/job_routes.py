@@ -1,9 +1,10 @@
-"""``/v1/jobs``: how far a job is, its file, and its end. A job answers to the key that made it alone."""
+"""``/v1/jobs``, ``/v1/videos``: how far a job is, its file, and its end. It answers to the key that made it alone."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -22,18 +23,36 @@ def job_object(job: Job) -> dict[str, Any]:
             "error": job.document.get("error"), "content": f"/v1/jobs/{job.id}/content" if made else None}
 
 
+def video_object(job: Job) -> dict[str, Any]:
+    """The same in the form that OpenAI's client knows."""
+    states = {"queued": "queued", "running": "in_progress", "succeeded": "completed", "failed": "failed"}
+    error = job.document.get("error")
+    return {"id": job.id, "object": "video", "model": job.model, "status": states[job.state],
+            "progress": round(100 * job.progress), "created_at": int(job.created), "completed_at": job.document.get(
+                "completed"), "expires_at": None if job.expires is None else int(job.expires),
+            "error": error and {"code": error["code"] or error["type"], "message": error["message"]},
+            "seconds": job.document["seconds"], "size": job.document["size"]}
+
+
 def add_job_routes(app: FastAPI, worker: Worker) -> None:
+    """Of jobs; and of those among them that make videos, under the names of OpenAI's."""
+    _add_routes(app, worker, "/v1/jobs", job_object, "job")
+    _add_routes(app, worker, "/v1/videos", video_object, "video.deleted")
+
+
+def _add_routes(app: FastAPI, worker: Worker, prefix: str, described: Callable[[Job], dict[str, Any]],
+                deleted: str) -> None:
     async def find(job_id: str, request: Request) -> Job:
         job: Job | None = await worker.call("get", job_id, request.scope["avray"]["owner"])
-        if job is None:
+        if job is None or (prefix != "/v1/jobs" and job.document.get("route") != prefix):
             raise ApiError(404, "There is no such job; it may have expired.", code="job_not_found")
         return job
 
-    @app.get("/v1/jobs/{job_id}")
+    @app.get(prefix + "/{job_id}")
     async def status(job_id: str, request: Request) -> dict[str, Any]:
-        return job_object(await find(job_id, request))
+        return described(await find(job_id, request))
 
-    @app.get("/v1/jobs/{job_id}/content")
+    @app.get(prefix + "/{job_id}/content")
     async def content(job_id: str, request: Request) -> Response:
         job = await find(job_id, request)
         if job.state == "failed":
@@ -44,14 +63,14 @@ def add_job_routes(app: FastAPI, worker: Worker) -> None:
         data = await asyncio.to_thread(worker.store.path(job.id, OUTPUT).read_bytes)
         return ranged(data, request.headers.get("range"), job.document["headers"])
 
-    @app.delete("/v1/jobs/{job_id}")
+    @app.delete(prefix + "/{job_id}")
     async def delete(job_id: str, request: Request) -> dict[str, Any]:
         job = await find(job_id, request)
         task = worker.running.get(job.id)
         await worker.call("delete", job.id)
         if task is not None:
             task.cancel()
-        return {"id": job.id, "object": "job", "deleted": True}
+        return {"id": job.id, "object": deleted, "deleted": True}
 
 
 def ranged(data: bytes, wanted: str | None, headers: dict[str, str]) -> Response:

@@ -14,20 +14,23 @@ from typing import Literal
 @dataclass(frozen=True)
 class Ask:
     """One thing to generate, as the gateway checked it. ``options`` are those of ``avray.family.Options`` that were
-    given; ``audio`` is a file's bytes."""
+    given; ``audio`` and ``video`` are a file's bytes. With ``embeds`` the numbers are wanted, as JSON."""
 
     text: str | None = None
     audio: bytes | None = None
+    video: bytes | None = None
     task: str | None = None
     options: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     stream: bool = False
     """False: all of it in one Part."""
+    embeds: bool = False
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is final now: interleaved 16-bit samples, little-endian, or text."""
+    """What is final now: interleaved 16-bit samples, little-endian, or text; or all frames ``[time, *size, 3]`` uint8,
+    where ``frame_rate_hz`` is above 0."""
 
     data: bytes | str
     done: bool
@@ -37,6 +40,9 @@ class Part:
     """Of the replica that made it, which an update may just be replacing."""
     heard_s: float = 0.0
     """Of the recording sent along."""
+    frame_rate_hz: float = 0.0
+    size: tuple[int, int] = (0, 0)
+    """Height and width."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Refusal:
 
 
 TEXT_ROUTES = ("/v1/completions", "/v1/audio/transcriptions")
+EMBEDDING_ROUTES = ("/v1/embeddings", "/v1/media/embeddings")
+VIDEO_ROUTES = ("/v1/videos", "/v1/videos/sync")
 Takes = Literal["nothing", "text", "audio", "text+audio"]
 
 
@@ -60,7 +68,8 @@ class Card:
     family: str
     modality: str
     takes: tuple[Takes, ...]
-    options: tuple[str, ...]
+    options: Mapping[str | None, tuple[str, ...]]
+    """Fields of ``avray.family.Options`` that mean something, by task; None where there are no tasks."""
     sample_rate_hz: int
     segment_s: float
     checkpoint: str
@@ -71,10 +80,16 @@ class Card:
     max_replicas: int
     tasks: Mapping[str, str] = field(default_factory=dict)
     """Each task's modality, where a request's task chooses what it gets."""
+    embeds: tuple[str, ...] = ()
+    """The tasks whose embeddings may be asked for."""
+    video_size: str = ""
+    """``width``x``height`` of the clips it makes."""
 
     def tasks_of(self, route: str) -> list[str]:
         """Those that a route answers."""
-        modality = "text" if route in TEXT_ROUTES else "audio"
+        if route in EMBEDDING_ROUTES:
+            return [*self.embeds]
+        modality = "text" if route in TEXT_ROUTES else "video" if route in VIDEO_ROUTES else "audio"
         return [task for task, made in self.tasks.items() if made == modality]
 
     @property
@@ -87,6 +102,10 @@ class Card:
         if "audio" in modalities:
             routes += (("/v1/audio/generate", "/v1/audio/speech") if asked else ()) + (
                 ("/v1/audio/continuations",) if heard else ())
+        if "video" in modalities and asked:
+            routes += VIDEO_ROUTES
+        if self.embeds:
+            routes += EMBEDDING_ROUTES
         if "text" in modalities:
             routes += (("/v1/completions",) if asked else ()) + (("/v1/audio/transcriptions",) if heard else ())
         return routes

@@ -7,9 +7,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -20,12 +20,13 @@ from avray.devices import device_of
 from avray.engine import Engine, Generator, Output
 from avray.errors import DataError
 from avray.family import Options, Request
-from avray.media import Audio, Limits, read_audio
+from avray.media import Audio, Limits, Video, read_audio, read_video
 from avray.serving.engine_thread import EngineThread, Stream
 from avray.serving.messages import Ask, Card, Part, Refusal, Takes
 from avray.serving.metrics import ReplicaMetrics
 from avray.settings.serve import LimitSettings, ReplicaSettings
 
+Media = TypeVar("Media", Audio, Video)
 PART_S = 0.1
 """Sound of one Part after the first, at least: each costs about a millisecond on its way."""
 REPORT_S = 2.0
@@ -90,7 +91,7 @@ class Model:
 
     async def generate(self, ask: Ask) -> AsyncIterator[Part | Refusal]:
         try:
-            request = await asyncio.to_thread(self._request, ask) if ask.audio else self._request(ask)
+            request = await asyncio.to_thread(self._request, ask) if ask.audio or ask.video else self._request(ask)
         except (ValueError, DataError) as error:
             yield refusal(error)
             return
@@ -103,8 +104,10 @@ class Model:
 
     def _request(self, ask: Ask) -> Request:
         options = Options(**ask.options)  # type: ignore[arg-type]
-        audio = None if ask.audio is None else decoded(ask.audio, self.settings.limits)
-        return Request(text=ask.text, audio=audio, task=ask.task, options=options, seed=ask.seed)
+        audio = None if ask.audio is None else decoded(ask.audio, self.settings.limits, read_audio)
+        video = None if ask.video is None else decoded(ask.video, self.settings.limits, read_video)
+        return Request(text=ask.text, audio=audio, video=video, task=ask.task, options=options, seed=ask.seed,
+                       fields={"embedding": True} if ask.embeds else {})
 
     async def _parts(self, stream: Stream, in_parts: bool) -> AsyncIterator[Part | Refusal]:
         held: list[Any] = []
@@ -119,12 +122,16 @@ class Model:
                 return
             least = 1 if held and isinstance(held[0], str) else PART_S * self.engine.renderer.sample_rate_hz
             enough = num_held > 0 and (first or num_held >= least)
-            if last.done or (in_parts and enough):
+            if last.done or (in_parts and enough and not is_clip(held)):
                 yield self._part(held, last.done, stream.request.audio)
                 held, num_held, first = [], 0, False
 
     def _part(self, held: list[Any], done: bool, heard: Audio | None) -> Part:
         rate = self.engine.renderer.sample_rate_hz
+        if is_clip(held):
+            frames = np.concatenate(held)
+            return Part(frames.tobytes(), done, checkpoint=self._card.checkpoint, size=frames.shape[1:3],
+                        frame_rate_hz=self.engine.renderer.frame_rate_hz)  # type: ignore[attr-defined]
         if (isinstance(held[0], str) if held else self.engine.renderer.modality == "text"):
             return Part("".join(held), done, checkpoint=self._card.checkpoint, heard_s=heard.seconds if heard else 0.0)
         channels = held[0].shape[0] if held else 1
@@ -138,16 +145,21 @@ def samples16(samples: np.ndarray) -> bytes:
     return np.clip(wide, -32768, 32767).astype("<i2").tobytes()
 
 
-def decoded(data: bytes, limits: LimitSettings) -> Audio:
-    """The recording that a file's bytes hold, bounded by its header before memory is taken. DataError, without a
-    path in it, for what is none."""
+def is_clip(held: list[Any]) -> bool:
+    """Whether frames were made, which go out together: an MP4 is written whole."""
+    return bool(held) and isinstance(held[0], np.ndarray) and held[0].ndim == 4
+
+
+def decoded(data: bytes, limits: LimitSettings, read: Callable[..., Media]) -> Media:
+    """The recording or clip that a file's bytes hold, bounded by its header before memory is taken. DataError, without
+    a path in it, for what is none."""
     bounds = Limits(max_file_bytes=limits.body_bytes, max_seconds=limits.audio_seconds_in,
                     max_decoded_bytes=limits.decoded_bytes)
     with tempfile.NamedTemporaryFile(prefix="avray-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
         file.write(data)
         file.flush()
         try:
-            return read_audio(file.name, limits=bounds)
+            return read(file.name, limits=bounds)
         except DataError as error:
             raise DataError(str(error).replace(file.name, "file").replace("data.limits", "serve.limits")) from None
 
@@ -157,9 +169,10 @@ def refusal(error: Exception) -> Refusal:
     if not isinstance(error, (ValueError, DataError)):
         return Refusal(500, "The model failed on this request.")
     message = str(error)
-    names = {field.name for field in fields(Options)} | {"text", "audio", "video", "task", "file"}
+    names = {field.name for field in fields(Options)} | {"text", "prompt", "audio", "video", "task", "file"}
     named = next((word for word in re.findall(r"\w+", message) if word in names), None)
-    return Refusal(400, message, {"text": "input", "audio": "file", "num_steps": "steps"}.get(named or "", named))
+    fields_of = {"text": "input", "prompt": "input", "audio": "file", "num_steps": "steps"}
+    return Refusal(400, message, fields_of.get(named or "", named))
 
 
 def make_card(settings: ModelSettings, engine: Engine, checkpoint: Checkpoint) -> Card:
@@ -172,17 +185,19 @@ def make_card(settings: ModelSettings, engine: Engine, checkpoint: Checkpoint) -
     asked = [(kind, replace(request, task=task)) for task in tasks or (None,) for kind, request in kinds.items()]
     accepted = [(kind, request) for kind, request in asked if _takes(engine, request)]
     taken = [kind for kind in kinds if any(kind == other for other, _ in accepted)]
-    options = [name for name in _TRIED.given() if any(
+    options = {task: tuple(name for name in _TRIED.given() if any(
         _takes(engine, replace(request, options=Options(**{name: getattr(_TRIED, name)})))
-        for _, request in accepted)]
+        for _, request in accepted if request.task == task)) for task in tasks or (None,)}
     assert set(kinds) == set(get_args(Takes))
+    size = getattr(engine.renderer, "size", None)
     return Card(
         name=settings.name, family=str(checkpoint.family["name"]), modality=engine.renderer.modality,
-        takes=tuple(taken), options=tuple(options),  # type: ignore[arg-type]
+        takes=tuple(taken), options=options,  # type: ignore[arg-type]
         sample_rate_hz=engine.renderer.sample_rate_hz, segment_s=engine.family.segment_s,
         checkpoint=str(checkpoint.manifest["sha256"]), step=checkpoint.step,
         created=int((checkpoint.path / MANIFEST).stat().st_mtime), slots=settings.replica.slots,
-        max_replicas=settings.replica.max_replicas, tasks=tasks)
+        max_replicas=settings.replica.max_replicas, tasks=tasks, embeds=tuple(getattr(engine.renderer, "embeds", ())),
+        video_size=f"{size}x{size}" if "video" in tasks.values() else "")
 
 
 def _takes(engine: Engine, request: Request) -> bool:

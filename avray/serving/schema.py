@@ -97,11 +97,40 @@ class Transcription(Completion):
     response_format: Literal["json", "text", "verbose_json"] = "json"  # type: ignore[assignment]
 
 
-def check(body: Sound, card: Card, limits: LimitSettings, route: str) -> None:
+class Video(Sound):
+    """``/v1/videos`` and ``/v1/videos/sync``: a clip, whole."""
+
+    response_format: Literal["mp4"] = "mp4"  # type: ignore[assignment]
+    size: Annotated[str | None, Field(max_length=20, description="width x height, as 64x64: the model's own.")] = None
+    sample_rate: None = None  # type: ignore[assignment]
+    stream: Literal[False] | None = None  # type: ignore[assignment]
+    stream_format: None = None  # type: ignore[assignment]
+
+
+class _Numbers(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    model: Annotated[str, Field(max_length=200)]
+    task: Annotated[str | None, Field(max_length=100, description="Whose embedding: audio or video.")] = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int | None, Field(ge=1, description="The model's own number.")] = None
+    user: Annotated[str | None, Field(max_length=500, description="Not used.")] = None
+
+
+class Embeddings(_Numbers):
+    """``/v1/embeddings``: what the model means by each text, in the space of ``/v1/media/embeddings``."""
+
+    input: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]],
+                                                           Field(min_length=1, max_length=256)]
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Of a model whose embeddings are drawn.")] = 0
+
+
+class MediaEmbeddings(_Numbers):
+    """The fields beside the file of ``/v1/media/embeddings``: what the frozen network says of a file."""
+
+
+def check(body: Sound, card: Card, limits: LimitSettings) -> None:
     """ApiError for what this server or this model does not take."""
-    if route not in card.routes:
-        raise ApiError(400, f"Model {card.name} does not answer {route}, but {', '.join(card.routes) or 'nothing'}.",
-                       "model", "wrong_model")
     if body.input is not None and len(body.input) > limits.prompt_characters:
         raise ApiError(400, f"input has {len(body.input)} characters, over the limit of {limits.prompt_characters}.",
                        "input", "too_long")
@@ -111,12 +140,16 @@ def check(body: Sound, card: Card, limits: LimitSettings, route: str) -> None:
                        "too_long")
     if body.steps is not None and body.steps > limits.steps:
         raise ApiError(400, f"steps is {body.steps}, over the limit of {limits.steps}.", "steps", "too_many")
+    options = card.options[body.task if card.tasks else None]
     for field, option in OPTIONS.items():
-        if getattr(body, field) is not None and option not in card.options:
-            known = ", ".join(name for name, option in OPTIONS.items() if option in card.options)
-            raise ApiError(400, f"{field} has no meaning for model {card.name}; it takes {known}.", field)
+        if getattr(body, field) is not None and option not in options:
+            known = ", ".join(name for name, option in OPTIONS.items() if option in options) or "none of its kind"
+            asked = f"task {body.task} of model {card.name}" if card.tasks else f"model {card.name}"
+            raise ApiError(400, f"{field} has no meaning for {asked}; it takes {known}.", field)
     if isinstance(body, Speech):
         _check_speech(body, card)
+    if isinstance(body, Video) and body.size not in (None, card.video_size):
+        raise ApiError(400, f"size is {body.size}, and model {card.name} makes {card.video_size}.", "size")
 
 
 def _check_speech(body: Speech, card: Card) -> None:
@@ -133,7 +166,7 @@ def _check_speech(body: Speech, card: Card) -> None:
 def ask(body: Sound, seed: int, audio: bytes | None = None) -> Ask:
     options = {option: getattr(body, field) for field, option in OPTIONS.items() if getattr(body, field) is not None}
     assert all(math.isfinite(value) for value in options.values())
-    return Ask(body.input or None, audio, body.task, options, seed, body.streams)
+    return Ask(body.input or None, audio, task=body.task, options=options, seed=seed, stream=body.streams)
 
 
 def described(body: Sound) -> dict[str, Any]:

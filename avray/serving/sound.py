@@ -1,4 +1,4 @@
-"""16-bit samples to the bytes of a file, whole or as they come.
+"""16-bit samples to the bytes of a file, whole or as they come; frames to those of an MP4, whole.
 
 WAV and PCM are written here; FLAC, MP3 and Opus by FFmpeg, frame by frame. A streamed WAV says 0xFFFFFFFF where its
 length stands, as OpenAI's does and as every player reads it; a whole one says the truth.
@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import io
 import struct
+import tempfile
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import av
 import numpy as np
 import soxr
 
+from avray.media import Video, write_video
+
 Format = Literal["wav", "flac", "mp3", "opus", "pcm"]
 MEDIA_TYPES: Mapping[str, str] = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "opus": "audio/ogg",
-                                  "pcm": "audio/pcm"}
+                                  "pcm": "audio/pcm", "mp4": "video/mp4"}
 _UNKNOWN = 0xFFFFFFFF
 _CODECS = {"flac": ("flac", "flac", None), "mp3": ("libmp3lame", "mp3", 128_000), "opus": ("libopus", "ogg", 64_000)}
 _OPUS_RATES = (8000, 12_000, 16_000, 24_000, 48_000)
@@ -54,6 +58,14 @@ def open_encoder(format: str, model_hz: int, rate_hz: int, channels: int, note: 
     else:
         encoder = _Plain(format, rate_hz, channels, note, is_whole)
     return encoder if rate_hz == model_hz else _Resampled(encoder, model_hz, rate_hz, channels)
+
+
+def mp4(frames: bytes, size: tuple[int, int], frame_rate_hz: float, note: str | None) -> bytes:
+    """``[time, *size, 3]`` uint8 -> H.264. Through a file, whose index FFmpeg moves to the front at the end."""
+    clip = Video(np.frombuffer(frames, np.uint8).reshape(-1, *size, 3), frame_rate_hz)
+    with tempfile.NamedTemporaryFile(prefix="avray-", suffix=".mp4") as file:
+        write_video(file.name, clip, note)
+        return Path(file.name).read_bytes()
 
 
 class _Plain:

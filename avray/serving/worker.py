@@ -142,7 +142,7 @@ class Worker:
         data = await asyncio.to_thread(encoded, work, last, b"".join(samples))  # type: ignore[arg-type]
         await asyncio.to_thread(self._write, job, data)
         headers = {**work.headers, "x-avray-checkpoint": last.checkpoint, "content-type": work.media_type}
-        await self.call("finish", job, "succeeded", {"headers": headers})
+        await self.call("finish", job, "succeeded", {"headers": headers, "completed": int(time.time())})
 
     async def _beat(self, job: Job, made: Progress, work: asyncio.Task[None] | None) -> None:
         """Renew the lease while the job waits for a slot or is made; end it where somebody deleted it."""

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from avray.config import (
     AppSettings,
+    CheckSettings,
     EvaluateSettings,
     GenerateSettings,
     PrepareSettings,
@@ -27,13 +28,13 @@ from avray.config import (
     TrainSettings,
     from_mapping,
 )
-from avray.errors import CheckpointError, DataError, MissingDependency, TrainingFailed
+from avray.errors import CheckpointError, DataError, MissingDependency, SetupFailed, TrainingFailed
 from avray.settings.help import Command, help_text
 
-__all__ = ["APP", "EVALUATE", "GENERATE", "PREPARE", "SWEEP", "TRAIN", "Command", "compose", "run_command"]
+__all__ = ["APP", "CHECK", "EVALUATE", "GENERATE", "PREPARE", "SWEEP", "TRAIN", "Command", "compose", "run_command"]
 
 EXIT_CODES = {KeyboardInterrupt: 130, ValueError: 2, DataError: 3, CheckpointError: 3, MissingDependency: 4,
-              TrainingFailed: 5}
+              TrainingFailed: 5, SetupFailed: 6}
 """Anything else is a bug: its traceback, and 1."""
 
 _RUN_DIR = "Where the results go; a job of --multirun gets its number appended."
@@ -50,6 +51,13 @@ TRAIN = Command(
     ("", "data.path=/my/wavs codec=encodec_24khz trainer=gpu1 trainer.max_steps=20000",
      "experiment=continuation data.path=/my/wavs", "run.dir=runs/x resume=true", "--cfg job trainer=debug"),
     extra_keys=_FAMILY)
+CHECK = Command(
+    "check", CheckSettings,
+    "Say whether what a run needs works here: versions, device, storage, weights, doors, and one training step.",
+    ("json", "cluster", "data.path", "data.cache", "family.segment_s", "trainer.device_name", "trainer.num_workers",
+     "trainer.use_gpu", "trainer.precision"),
+    ("", "family=codec_lm codec=mimi", "trainer=gpu4 json=true", "cluster=cluster.yaml"),
+    extra_keys=_FAMILY | {"run.dir": ("runs/check", "Whose storage to try; nothing stays in it.")})
 PREPARE = Command(
     "prepare", PrepareSettings,
     "Encode a data set into the cache, or report what it holds (dry_run=true).",
@@ -193,7 +201,7 @@ def _run_hydra(main: Callable[[Any], str], command: Command, arguments: list[str
         # Left by SystemExit, which Hydra lets through, so that it adds no lines of its own.
         try:
             settings = _settings(command, composing.plain(config))
-            if jobs.is_remote(getattr(settings, "cluster", None)) and command is not APP:
+            if jobs.is_remote(getattr(settings, "cluster", None)) and command not in (APP, CHECK):
                 job_sent = jobs.job_of(Path(own_arguments[0]), arguments)
                 sys.exit(jobs.run(settings.cluster, command.name, job_sent))
             print(main(settings), flush=True)

@@ -124,6 +124,14 @@ class TrainSettings(CommandSettings):
 
 
 @dataclass(frozen=True)
+class CheckSettings(TrainSettings):
+    """``pipelines/check.py``: what ``train.py`` takes, so that its command line can be checked as it stands."""
+
+    json: bool = False
+    """Print JSON in place of lines."""
+
+
+@dataclass(frozen=True)
 class SweepSettings(TrainSettings):
     """``tune/sweep.py``: what ``train.py`` takes, and ``tune``. ``resume=true`` goes on with a sweep."""
 

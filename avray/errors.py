@@ -24,5 +24,9 @@ class OutOfMemory(WorkerFailed):
     """A worker ran out of memory: the same settings will again (exit 5)."""
 
 
+class SetupFailed(Exception):
+    """Something that a run needs does not work here (exit 6)."""
+
+
 class CheckpointError(Exception):
     """A checkpoint is missing, incomplete or damaged; the message names the file (exit 3)."""

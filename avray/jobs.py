@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from avray.cluster_file import problems
 from avray.errors import MissingDependency
 
 EXCLUDES = ["**/.?*", "**/__pycache__", "**/*.egg-info", "/runs", "/cache"]
@@ -87,9 +88,7 @@ def connected(cluster: str) -> Iterator[Any]:
             return super()._do_request(method, endpoint, timeout=REQUEST_S, **fields)
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # it lists every file that stays here
-    if (Path.home() / ".ray" / "auth_token").exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    with _tunnel(cluster) if is_file(cluster) else contextlib.nullcontext(cluster) as address:
+    with _token(), _tunnel(cluster) if is_file(cluster) else contextlib.nullcontext(cluster) as address:
         try:
             yield Client(address)
         except ConnectionError as error:
@@ -98,10 +97,23 @@ def connected(cluster: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
+def _token() -> Iterator[None]:
+    """The token of this user, where there is one, is sent along; a Ray of our own asks for none."""
+    before = os.environ.get("RAY_AUTH_MODE")
+    if (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("RAY_AUTH_MODE", None)
+
+
+@contextlib.contextmanager
 def _tunnel(cluster: str) -> Iterator[str]:
     """The dashboard of the cluster that a file describes, on a port of this machine, through SSH."""
-    if not Path(cluster).is_file():
-        raise ValueError(f"cluster={cluster} is no file: give the one that ray up took.")
+    if found := problems(cluster):
+        raise ValueError(f"cluster={cluster} is not fit to be used: {' '.join(found)}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from avray.cluster_file import ceiling, problems
+from avray.data import cluster as cluster_module
+from avray.data.cluster import Needs
+from avray.jobs import connected
+
 ROOT = Path(__file__).parents[1]
 FILES = ["cluster.yaml", "deploy/local.yaml"]
 
@@ -56,3 +61,55 @@ def test_one_version_of_ray_everywhere(cluster: dict[str, Any]) -> None:
                                       if name in cluster["docker"]]
     assert all(image.startswith(f"rayproject/ray:{version}-py311-") for image in images)
     assert any("~/avray" in command and "pip install" in command for command in cluster["setup_commands"])
+
+
+def test_the_files_here_are_fit() -> None:
+    assert [problems(str(ROOT / name)) for name in FILES] == [[], []]
+
+
+OPEN = {"security_group": {"IpPermissions": [
+    {"FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]},
+    {"FromPort": 8265, "ToPort": 8265, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}]}}
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (("RAY_AUTH_MODE=token ray start --head", "ray start --head"), "head_start_ray_commands starts Ray without"),
+    (("--dashboard-host=127.0.0.1", "--dashboard-host 0.0.0.0"), "opens the dashboard to 0.0.0.0"),
+    (("ray:2.60.0-py311-gpu", "ray:2.59.1-py311-gpu"), "is not the Ray of this machine"),
+    (("ray:2.60.0-py311-cpu", "ray:2.60.0-py310-cpu"), "has Python 3.10"),
+    (("worker_start_ray_commands:", "other:"), "worker_start_ray_commands is missing"),
+    (("GroupName: avray # SSH from outside, all ports between the nodes; nothing else",
+      f"IpPermissions: {OPEN['security_group']['IpPermissions']}"), "opens ports 8265 to 8265 to the world")])
+def test_a_file_that_is_not_fit(change: tuple[str, str], words: str, tmp_path: Path) -> None:
+    """By each of the doors that a file can leave open; the jobs of that cluster are refused with the same sentence."""
+    text = (ROOT / "cluster.yaml").read_text()
+    assert change[0] in text
+    (tmp_path / "c.yaml").write_text(text.replace(*change))
+    found = problems(str(tmp_path / "c.yaml"))
+    assert len(found) == 1 and words in found[0]
+    with pytest.raises(ValueError, match="is not fit to be used"), connected(str(tmp_path / "c.yaml")):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "[]", "a: 1"])
+def test_what_is_no_cluster_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    for path in (tmp_path / "c.yaml", tmp_path / "none.yaml"):
+        with pytest.raises(ValueError, match="^cluster=.*c.yaml|none.yaml is no file"):
+            problems(str(path))
+
+
+def test_how_far_a_cluster_can_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head without work of its own has no CPU yet: what it may start counts, on the head alone."""
+    kinds = {"head": {"resources": {"CPU": 0}}, "gpu": {"max_workers": 3, "resources": {"CPU": 8, "GPU": 1}},
+             "cpu": {"resources": {"CPU": 16}}}
+    file = tmp_path / "bootstrap.yaml"
+    file.write_text(yaml.safe_dump({"max_workers": 5, "head_node_type": "head", "available_node_types": kinds}))
+    assert ceiling(file) == {"CPU": 3 * 8 + 5 * 16, "GPU": 3} and ceiling(tmp_path / "none") is None
+    monkeypatch.setattr(cluster_module.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    for path, expected in ((file, {"CPU": 104, "GPU": 3}), (tmp_path / "none", {"CPU": 2.0})):
+        monkeypatch.setattr(cluster_module, "BOOTSTRAP", path)
+        assert cluster_module.available() == expected
+    file.write_text(yaml.safe_dump({"available_node_types": {"own": {"resources": {}}}}))
+    monkeypatch.setattr(cluster_module, "BOOTSTRAP", file)
+    assert Needs(trainers=500, trainer_gpus=8).refusal(cluster_module.available()) is None, "nobody knows: Ray will say"

@@ -12,11 +12,16 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray.data import DataContext
 
+from avray.cluster_file import ceiling
+
 SPARE_CPUS = 1.0
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+"""Where ``ray up`` leaves its file on a head."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Needs:
         for kind, needed in (("CPU", self.cpus), ("GPU", self.gpus)):
             have = available.get(kind, 0.0)
             if needed > have + 1e-6:
-                return (f"The run needs {needed:g} logical {kind}s ({parts}) and the cluster has {have:g}: lower "
-                        "trainer.num_workers, data.embed_workers or data.embed_num_cpus, or give the cluster more.")
+                return (f"The run needs {needed:g} logical {kind}s ({parts}) and the cluster has {have:g} at most: "
+                        "lower trainer.num_workers, data.embed_workers or data.embed_num_cpus, or give it more.")
         return None
 
 
@@ -67,7 +72,7 @@ def start_ray(needs: Needs, address: str | None, no_progress_timeout_s: float, v
             cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
             ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=verbose, logging_level="ERROR",
                      object_store_memory=1 << 30)
-    refusal = needs.refusal(ray.cluster_resources())
+    refusal = needs.refusal(available())
     if refusal:
         raise ValueError(refusal)
     quiet(verbose)  # once more: Ray sets its loggers up when it starts
@@ -75,6 +80,16 @@ def start_ray(needs: Needs, address: str | None, no_progress_timeout_s: float, v
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_no_progress_timeout_s = no_progress_timeout_s
+
+
+def available() -> dict[str, float]:
+    """The logical CPUs and GPUs that this cluster has, or can grow to where it was started by ``ray up`` and this is
+    its head."""
+    here = ray.cluster_resources()
+    if not BOOTSTRAP.expanduser().is_file():
+        return here
+    most = ceiling(BOOTSTRAP.expanduser()) or {"CPU": math.inf, "GPU": math.inf}
+    return {kind: max(here.get(kind, 0.0), most[kind]) for kind in most}
 
 
 def quiet(verbose: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,12 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5f" * 32}
 """Of every Ray here, whatever token this user has."""
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 @contextmanager
@@ -51,7 +58,8 @@ def wait_listening(port: int, process: subprocess.Popen[str]) -> None:
 def ray_head(folder: Path, port: int, dashboard: int) -> Iterator[subprocess.Popen[str]]:
     """``ray start --head`` apart from every other Ray here, until the block ends; ``folder`` has a short path."""
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
-               "--node-ip-address=127.0.0.1", "--num-cpus=4", f"--temp-dir={folder}/ray", "--dashboard-host=127.0.0.1",
+               f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1", "--num-cpus=4",
+               f"--temp-dir={folder}/ray", "--dashboard-host=127.0.0.1",
                f"--object-store-memory={256 << 20}", "--disable-usage-stats"]
     with running(command, folder) as process:
         wait_listening(dashboard, process)

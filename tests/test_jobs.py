@@ -15,8 +15,7 @@ import pytest
 import soundfile
 
 from avray.jobs import exit_code, is_remote, job_of
-from tests.commands import ROOT, TOKEN, ray_head, running
-from tests.test_serving_ray import free_port
+from tests.commands import ROOT, TOKEN, free_port, ray_head, running
 
 SMALL = ["family.segment_s=0.4", "family.num_layers=1", "family.num_heads=4", "family.feed_forward=32",
          "trainer.max_steps=2", "trainer.batch_size=4", "trainer.num_samples=1", "trainer.schedule.warmup_steps=0"]

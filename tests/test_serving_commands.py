@@ -12,10 +12,9 @@ import pytest
 import requests
 import yaml
 
-from tests.commands import BIN, ROOT, TOKEN, ray_head, running
+from tests.commands import BIN, ROOT, TOKEN, free_port, ray_head, running
 from tests.serving import save_continuation
 from tests.test_serving import wav
-from tests.test_serving_ray import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 SECRET = "an old violin nobody plays"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,17 +21,12 @@ from avray.config import AppSettings, ServeSettings
 from avray.serving import launch
 from avray.serving.directory import PREFIX
 from avray.settings.serve import JobSettings, LimitSettings, ReplicaSettings
+from tests.commands import free_port
 from tests.serving import save_codec_lm, save_continuation
 from tests.test_serving import wav
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 KEY = "a key for tests"
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def settings(folder: Path, *checkpoints: str, port: int = 0) -> AppSettings:

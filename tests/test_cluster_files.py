@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from avray.cluster_file import ceiling, problems
 from avray.data import cluster as cluster_module
@@ -16,7 +18,7 @@ from avray.data.cluster import Needs
 from avray.jobs import connected
 
 ROOT = Path(__file__).parents[1]
-FILES = ["cluster.yaml", "deploy/local.yaml"]
+FILES = ["cluster.yaml", "deploy/gcp.yaml", "deploy/local.yaml"]
 
 
 @pytest.fixture(params=FILES)
@@ -42,13 +44,12 @@ def test_work_is_started_with_a_token_and_seen_on_loopback(cluster: dict[str, An
 
 def test_machines_go_when_nothing_is_to_be_done(cluster: dict[str, Any]) -> None:
     assert 0 < cluster["idle_timeout_minutes"] <= 15
-    if cluster["provider"]["type"] == "aws":
+    if cluster["provider"]["type"] != "local":
         types = cluster["available_node_types"]
         assert types.pop(cluster["head_node_type"])["resources"] == {"CPU": 0}
         assert all(kind["min_workers"] == 0 for kind in types.values())
-        markets = [kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType") for kind in types.values()
-                   if kind["node_config"]["InstanceType"] == "g6e.2xlarge"]
-        assert sorted(markets, key=str) == [None, "spot"]
+        spot = {name: "spot" in str(kind["node_config"]).lower() for name, kind in types.items()}
+        assert spot["gpu_spot"] and spot["cpu"] and not spot["gpu"], "a spot node, and one that takes its place"
 
 
 def test_one_version_of_ray_everywhere(cluster: dict[str, Any]) -> None:
@@ -63,8 +64,42 @@ def test_one_version_of_ray_everywhere(cluster: dict[str, Any]) -> None:
     assert any("~/avray" in command and "pip install" in command for command in cluster["setup_commands"])
 
 
+KUBERAY = sorted((ROOT / "deploy" / "kuberay").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.stem)
+def test_kubernetes(path: Path) -> None:
+    """One version, a token, nobody root, every pod with limits; what is served is what Serve's schema takes."""
+    read = yaml.safe_load(path.read_text())
+    assert read["apiVersion"] == "ray.io/v1" and read["kind"] in ("RayCluster", "RayJob", "RayService")
+    spec = read["spec"].get("rayClusterConfig", read["spec"])
+    if read["kind"] == "RayJob":
+        assert spec["clusterSelector"] == {"ray.io/cluster": "avray"} and " cluster=auto " in spec["entrypoint"]
+        return
+    assert str(spec["rayVersion"]) == metadata.version("ray") and spec["authOptions"] == {"mode": "token"}
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    pods = [group["template"]["spec"] for group in groups]
+    assert all(pod["securityContext"]["runAsNonRoot"] for pod in pods)
+    containers = [container for pod in pods for container in pod["containers"]]
+    assert all(one["resources"]["limits"] == one["resources"]["requests"] for one in containers)
+    assert {one["image"] for one in containers} <= {"avray:cpu", "avray:gpu"}
+    assert {name["name"] for pod in pods for name in pod["volumes"]} == {"shared"}
+    if read["kind"] == "RayService":
+        config = ServeDeploySchema(**yaml.safe_load(read["spec"]["serveConfigV2"]))
+        assert config.applications[0].import_path == "serve.app:build"
+        assert all(one["envFrom"] == [{"secretRef": {"name": "avray-keys"}}] for one in containers), "keys, or no door"
+
+
+def test_the_image_has_this_ray_and_nobody_root() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    assert f"ARG RAY={metadata.version('ray')}" in lines and "USER ray" in lines
+    torch = next(line for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+                 if line.startswith("torch>"))
+    assert any(f'"{torch}"' in line for line in lines)
+
+
 def test_the_files_here_are_fit() -> None:
-    assert [problems(str(ROOT / name)) for name in FILES] == [[], []]
+    assert [problems(str(ROOT / name)) for name in FILES] == [[], [], []]
 
 
 OPEN = {"security_group": {"IpPermissions": [

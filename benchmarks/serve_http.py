@@ -1,12 +1,14 @@
 """What HTTP and Ray Serve add to the call in process, beside uvicorn with a hand-written batcher and LitServe.
 
-    python -m benchmarks.serve_http [--seconds 8] [--repeats 3] [--overload 60] [--json FILE]
+    python -m benchmarks.serve_http [--seconds 8] [--repeats 3] [--overload 60] [--streams] [--json FILE]
 
 One model (859,520 parameters, random weights, 4 slots, one thread) behind three servers that run at the same time and
 are asked in turn, at 1, 8 and 32 clients; each request sends 2 s of WAV and gets 0.5 s back. The clients, one process
 of threads, share the machine's cores with the server. The call in process decodes, generates and encodes the same
 bytes; for 8 clients it keeps 8 requests under way, while the same client process talks to a server of canned answers
 at the rate that avray reached, so that the clients' own cost falls on both. Milliseconds and requests a second.
+
+``--streams`` measures the time to the first sound alone: a language model over codec tokens (8 slots), 2 s streamed.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ SLOTS, SECONDS, RATE_HZ = 4, 0.5, 24_000
 LEVELS = (1, 8, 32)
 LITSERVE = "/base64"
 """Its queue between processes takes no uploaded files (0.2.19)."""
+
+
+STREAMS = "/v1/audio/generate"
 
 
 def recording() -> bytes:
@@ -76,6 +81,9 @@ class Load:
 def client(port: int, path: str, clients: int, seconds: float, stream: bool) -> Load:
     fields = {"model": "bench", "seconds": str(SECONDS), "seed": "1"} | ({"stream": "true"} if stream else {})
     body, kind = form(fields, recording())
+    if path == STREAMS:
+        asked = {"model": "bench", "seconds": 2.0, "stream": stream, "response_format": "pcm"}
+        body, kind = json.dumps(asked).encode(), "application/json"
     if path == LITSERVE:
         body, kind = json.dumps({"file": base64.b64encode(recording()).decode()}).encode(), "application/json"
     took: list[float] = []
@@ -135,6 +143,41 @@ def save_model(run: Path, step: int = 1) -> None:
     content = checkpoint.Content(model=model.state_dict(), family=family_settings(family), fitted=fitted, settings={},
                                  ema=None, trainer=None, figures={}, card="")
     checkpoint.save(run, step, content, ("last", "best"))
+
+
+def save_streams(run: Path) -> None:
+    """``codec_lm_small`` over 4 codebooks of 128, weights drawn."""
+    import torch
+
+    from avray import checkpoint
+    from avray.cli import TRAIN, compose
+    from avray.registry import family_from_settings, family_settings
+
+    sizes = ["codec.cardinality=128", "codec.frames_per_centroid=16"]
+    family = family_from_settings(compose(TRAIN, ["family=codec_lm_small", *sizes]).family)
+    frames = np.random.default_rng(0).normal(-8, 1, (4000, 128)).astype(np.float16)
+    fitted = family.fit(iter([{"audio.latents": frames}]))
+    model = family.build(fitted)
+    family.init(model, torch.Generator().manual_seed(0))
+    content = checkpoint.Content(model=model.state_dict(), family=family_settings(family), fitted=fitted, settings={},
+                                 ema=None, trainer=None, figures={}, card="")
+    checkpoint.save(run, 1, content, ("last", "best"))
+
+
+def streams(folder: str, seconds: float, repeats: int) -> str:
+    """The time to the first sound at 1 and at 8 clients, each asking again at once."""
+    run, port = f"{folder}/bench", free_port()
+    save_streams(Path(run))
+    first: dict[int, list[float]] = {1: [], 8: []}
+    arguments = [word.replace(f"slots={SLOTS}", "slots=8") for word in server_of("avray", run, port)]
+    with serving(arguments, port, STREAMS):
+        ask(port, STREAMS, 8, 4.0, True)
+        for _ in range(repeats):
+            for clients in first:
+                first[clients].append(ask(port, STREAMS, clients, seconds, True).first_ms)
+    ratio = statistics.median(eight / one for one, eight in zip(*first.values(), strict=True))
+    one, eight = map(statistics.median, first.values())
+    return f"First sound of a stream after {one:.0f} ms at 1 and {eight:.0f} ms at 8 clients: {ratio:.2f} times."
 
 
 class Direct:
@@ -246,9 +289,10 @@ def serving(arguments: list[str], port: int, path: str) -> Iterator[subprocess.P
 
 
 def server_of(name: str, run: str, port: int) -> list[str]:
-    if name == "avray":
+    if name in ("avray", "haproxy"):
         return ["serve/app.py", f"checkpoints=[bench:{run}]", f"serve.port={port}", f"serve.replica.slots={SLOTS}",
-                f"serve.jobs.folder={Path(run).parent / 'jobs'}"]
+                f"serve.jobs.folder={Path(run).parent / 'jobs'}",
+                f"serve.proxy={'haproxy' if name == 'haproxy' else 'python'}"]
     if name == "litserve":
         return ["-m", "benchmarks.serve_litserve", run, str(port)]
     return ["-m", "benchmarks.serve_http", "--server", name, run, str(port)]
@@ -301,7 +345,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--repeats", type=int, default=3, help="0: overload alone")
     parser.add_argument("--overload", type=float, default=60.0, help="seconds; 0: leave it out")
-    parser.add_argument("--peers", default="avray,batcher,litserve")
+    parser.add_argument("--peers", default="avray,haproxy,batcher,litserve", help="haproxy: avray behind it")
+    parser.add_argument("--streams", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--client", nargs=5)
     parser.add_argument("--server", nargs=3)
@@ -322,13 +367,17 @@ def main() -> None:
 
 def compare(given: argparse.Namespace) -> None:
     paths = {"avray": "/v1/audio/continuations", "batcher": "/predict", "litserve": LITSERVE}
+    paths["haproxy"] = paths["avray"]
     with tempfile.TemporaryDirectory() as folder:
+        if given.streams:
+            print(streams(folder, given.seconds, given.repeats))
+            return
         run = f"{folder}/bench"
         save_model(Path(run))
         if given.repeats == 0:
             print(overload(run, given.overload))
             return
-        figures: dict[str, Any] = {"in process": [], "avray": [], "batcher": [], "litserve": []}
+        figures: dict[str, Any] = {"in process": [], "avray": [], "haproxy": [], "batcher": [], "litserve": []}
         for turn in range(given.repeats):
             figures["in process"].append(in_process(run, given.seconds))
             for name in given.peers.split(","):
@@ -336,7 +385,7 @@ def compare(given: argparse.Namespace) -> None:
                 with serving(server_of(name, run, port), port, paths[name]):
                     ask(port, paths[name], 8, 2.0)
                     found = {str(clients): asdict(ask(port, paths[name], clients, given.seconds)) for clients in LEVELS}
-                    if name == "avray":
+                    if name in ("avray", "haproxy"):
                         found["stream"] = {str(clients): asdict(ask(port, paths[name], clients, given.seconds, True))
                                            for clients in (1, 8)}
                 figures[name].append(found)
@@ -371,7 +420,7 @@ def markdown(figures: dict[str, Any]) -> str:
     lines = ["| server | p50 at 1 client, ms | added, ms | p50 / p95 at 8 | requests/s at 8 | p50 / p95 at 32 | "
              "requests/s at 32 |", "|---|---|---|---|---|---|---|",
              f"| in process | {alone:.1f} | | | {at_8:.1f} | | |"]
-    for name in ("avray", "batcher", "litserve"):
+    for name in ("avray", "haproxy", "batcher", "litserve"):
         if figures[name]:
             cells = [middle(lambda t: t["1"]["p50_ms"], name), middle(lambda t: t["1"]["p50_ms"], name) - alone]
             row = f"| {name} | {cells[0]:.1f} | {cells[1]:.1f} |"
@@ -380,11 +429,12 @@ def markdown(figures: dict[str, Any]) -> str:
                                   for key in ("p50_ms", "p95_ms", "per_s"))
                 row += f" {p50:.0f} / {p95:.0f} | {rate:.1f} |"
             lines.append(row)
-    first = {level: middle(lambda t, level=level: t["stream"][level]["first_ms"], "avray") for level in ("1", "8")}
-    share = statistics.median(t["8"]["per_s"] / p["per_s_8"]
-                              for t, p in zip(figures["avray"], figures["in process"], strict=True))
-    lines.append(f"\nAt 8 clients avray makes {share:.2f} of the requests in process; first sound after "
-                 f"{first['1']:.0f} ms at 1 and {first['8']:.0f} ms at 8 clients.")
+    for name in (name for name in ("avray", "haproxy") if figures[name]):
+        first = {level: middle(lambda t, level=level: t["stream"][level]["first_ms"], name) for level in ("1", "8")}
+        share = statistics.median(t["8"]["per_s"] / p["per_s_8"]
+                                  for t, p in zip(figures[name], figures["in process"], strict=True))
+        lines.append(f"\nAt 8 clients {name} makes {share:.2f} of the requests in process; first sound after "
+                     f"{first['1']:.0f} ms at 1 and {first['8']:.0f} ms at 8 clients.")
     if "overload" in figures:
         lines.append(f"Overload: {figures['overload']}")
     return "\n".join(lines)

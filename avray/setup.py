@@ -179,7 +179,8 @@ def ports(settings: CheckSettings) -> str:
         try:
             process = psutil.Process(connection.pid)
             name = next((word for word in RAY if word in process.name() or word in " ".join(process.cmdline()[:2])), "")
-            asks = process.environ().get("RAY_AUTH_MODE") == "token"
+            # Ray's workers write their names over what shows of their environment; the raylet they come from does not.
+            asks = any(one.environ().get("RAY_AUTH_MODE") == "token" for one in (process, *process.parents()[:1]))
         except psutil.Error:
             continue
         if name:

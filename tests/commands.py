@@ -12,12 +12,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import requests
+import soundfile
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5f" * 32}
 """Of every Ray here, whatever token this user has."""
+SMALL = ["family.segment_s=0.4", "family.num_layers=1", "family.num_heads=4", "family.feed_forward=32"]
+"""A ``continuation`` of moments."""
+TWO_STEPS = [*SMALL, "trainer.max_steps=2", "trainer.batch_size=4", "trainer.num_samples=1",
+             "trainer.schedule.warmup_steps=0"]
+
+
+def tones(folder: Path, count: int, seconds: float) -> Path:
+    """``count`` recordings, each of a pitch of its own."""
+    folder.mkdir()
+    time_s = np.arange(round(seconds * 16_000)) / 16_000
+    for index in range(count):
+        tone = 0.3 * np.sin(2 * np.pi * (200 + 7 * index) * time_s)
+        soundfile.write(folder / f"tone{index:03d}.wav", tone, 16_000)
+    return folder
 
 
 def free_port() -> int:

@@ -6,26 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-import soundfile
 
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT, SMALL, tones
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-SMALL = ["family.segment_s=0.4", "family.num_layers=1", "family.num_heads=4", "family.feed_forward=32"]
-
-
-def tones(folder, count, seconds):
-    """``count`` recordings, each of a pitch of its own."""
-    folder.mkdir()
-    time_s = np.arange(round(seconds * 16_000)) / 16_000
-    for index in range(count):
-        tone = 0.3 * np.sin(2 * np.pi * (200 + 7 * index) * time_s)
-        soundfile.write(folder / f"tone{index:03d}.wav", tone, 16_000)
-    return folder
 
 
 def command(script, *overrides, cwd):

@@ -10,15 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 
 from avray.jobs import exit_code, is_remote, job_of
-from tests.commands import ROOT, TOKEN, free_port, ray_head, running
-
-SMALL = ["family.segment_s=0.4", "family.num_layers=1", "family.num_heads=4", "family.feed_forward=32",
-         "trainer.max_steps=2", "trainer.batch_size=4", "trainer.num_samples=1", "trainer.schedule.warmup_steps=0"]
+from tests.commands import ROOT, TOKEN, TWO_STEPS, free_port, ray_head, running, tones
 
 
 def test_where_a_command_goes() -> None:
@@ -47,15 +42,11 @@ def test_how_it_ended() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_jobs_outlive_the_terminal(short_folder: Path) -> None:
-    wavs = short_folder / "wavs"
-    wavs.mkdir()
-    for index in range(12):
-        tone = 0.3 * np.sin(2 * np.pi * (200 + 20 * index) * np.arange(16_000) / 16_000)
-        soundfile.write(wavs / f"{index}.wav", tone, 16_000)
+    wavs = tones(short_folder / "wavs", 12, 1.0)
     head, dashboard = free_port(), free_port()
     cluster = f"http://127.0.0.1:{dashboard}"
     train = [sys.executable, str(ROOT / "pipelines" / "train.py"), f"cluster={cluster}", f"data.path={wavs}",
-             f"data.cache={short_folder}/cache", f"run.dir={short_folder}/shared/run", *SMALL]
+             f"data.cache={short_folder}/cache", f"run.dir={short_folder}/shared/run", *TWO_STEPS]
 
     def jobs(*words: str) -> subprocess.CompletedProcess[str]:
         environment = os.environ | TOKEN | {"PYTHONPATH": str(ROOT)}

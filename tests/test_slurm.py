@@ -8,11 +8,9 @@ import random
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 
-from tests.commands import BIN, ROOT
+from tests.commands import BIN, ROOT, TWO_STEPS, tones
 
 SCRIPT = ROOT / "deploy" / "slurm" / "train.sbatch"
 SRUN = """#!/bin/bash
@@ -22,8 +20,6 @@ done
 [ "$1" = hostname ] && { echo 127.0.0.1; exit; }
 exec "$@"
 """
-SMALL = ["family.segment_s=0.4", "family.num_layers=1", "family.num_heads=4", "family.feed_forward=32",
-         "trainer.max_steps=2", "trainer.batch_size=4", "trainer.num_samples=1", "trainer.schedule.warmup_steps=0"]
 
 
 def sbatch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -47,12 +43,8 @@ def test_what_it_refuses(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_trains_in_an_allocation(short_folder: Path) -> None:
     """A Ray of its own, with a token, that is gone when the pipeline is done; its exit code is the pipeline's."""
-    wavs = short_folder / "wavs"
-    wavs.mkdir()
-    for index in range(12):
-        tone = 0.3 * np.sin(2 * np.pi * (200 + 20 * index) * np.arange(16_000) / 16_000)
-        soundfile.write(wavs / f"{index}.wav", tone, 16_000)
-    words = [f"data.path={wavs}", f"data.cache={short_folder}/cache", f"run.dir={short_folder}/run", *SMALL]
+    wavs = tones(short_folder / "wavs", 12, 1.0)
+    words = [f"data.path={wavs}", f"data.cache={short_folder}/cache", f"run.dir={short_folder}/run", *TWO_STEPS]
     answer = sbatch(short_folder, "pipelines/train.py", *words)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert json.loads((short_folder / "run" / "summary.json").read_text())["steps"] == 2

@@ -31,6 +31,8 @@ from avray.errors import MissingDependency
 EXCLUDES = ["**/.?*", "**/__pycache__", "**/*.egg-info", "/runs", "/cache"]
 """Of the folder that travels."""
 PATHS = ("data.path", "data.cache", "data.texts", "checkpoint", "audio", "output", "init_from")
+RUN_DIR = "run_dir"
+"""Of a job's metadata."""
 RETRY_S = 2.0
 REQUEST_S = 30.0
 SILENCE_S = 60.0
@@ -139,20 +141,19 @@ def run(cluster: str, name: str, job: Job) -> int:
     with connected(cluster) as client:
         submission = f"avray-{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         environment = {"working_dir": str(job.folder), "excludes": EXCLUDES}
-        _submit(client, submission, job.entrypoint, environment)
+        _submit(client, submission, job.entrypoint, environment, {RUN_DIR: job.run_dir})
         print(f"Job {submission} on {cluster}. It goes on without this terminal: "
               f"python -m avray.jobs follow|status|stop {submission} {cluster}", flush=True)
-        code = follow(client, submission)
-        if code == 0:
-            _bring_summary(client, submission, job.run_dir)
-        return code
+        return follow(client, submission)
 
 
-def _submit(client: Any, submission: str, entrypoint: str, environment: Mapping[str, Any] | None = None) -> None:
+def _submit(client: Any, submission: str, entrypoint: str, environment: Mapping[str, Any] | None = None,
+            metadata: Mapping[str, str] | None = None) -> None:
     """Patiently: a head that has just started has nobody yet to start jobs, and may leave a request without answer."""
     for is_last in [False] * 30 + [True]:
         try:
-            client.submit_job(entrypoint=entrypoint, submission_id=submission, runtime_env=environment)
+            client.submit_job(entrypoint=entrypoint, submission_id=submission, runtime_env=environment,
+                              metadata=metadata)
             return
         except (OSError, RuntimeError) as error:
             if "already" in str(error):  # the request before this one had arrived
@@ -163,8 +164,8 @@ def _submit(client: Any, submission: str, entrypoint: str, environment: Mapping[
 
 
 def follow(client: Any, submission: str) -> int:
-    """Print a job's log until it ends, through lost connections; its exit code, 130 if it was stopped. ValueError for
-    a job that the cluster does not know (any more)."""
+    """Print a job's log until it ends, through lost connections, and bring its summary into ``runs/``; its exit code,
+    130 if it was stopped. ValueError for a job that the cluster does not know (any more)."""
     import aiohttp
 
     num_shown, is_lost = 0, False
@@ -196,6 +197,8 @@ def follow(client: Any, submission: str) -> int:
             time.sleep(RETRY_S)
             continue
         if details.status.is_terminal():
+            if str(details.status.value) == "SUCCEEDED" and RUN_DIR in (details.metadata or {}):
+                _bring_summary(client, submission, details.metadata[RUN_DIR])
             return exit_code(str(details.status.value), details.driver_exit_code)
 
 

@@ -69,12 +69,8 @@ def test_jobs_outlive_the_terminal(short_folder: Path) -> None:
         followed = jobs("follow", submission)
         assert followed.returncode == 0, followed.stdout + followed.stderr
         assert "The run is in" in followed.stdout
-        assert json.loads((short_folder / "shared" / "run" / "summary.json").read_text())["steps"] == 2
-
-        with running([*train, "resume=true", "trainer.max_steps=3"], short_folder) as terminal:
-            said = terminal.communicate(timeout=300)[0]
-            assert terminal.returncode == 0, said
-        assert json.loads((short_folder / "runs" / "run" / "summary.json").read_text())["steps"] == 3
+        for folder in ("shared", "runs"):  # where the cluster wrote it, and here
+            assert json.loads((short_folder / folder / "run" / "summary.json").read_text())["steps"] == 2
 
         with running([*train, "trainer.batch_size=0"], short_folder) as terminal:
             said = terminal.communicate(timeout=300)[0]

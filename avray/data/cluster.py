@@ -18,6 +18,7 @@ import ray
 from ray.data import DataContext
 
 from avray.cluster_file import ceiling
+from avray.data.shared import check_shared
 
 SPARE_CPUS = 1.0
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
@@ -59,10 +60,12 @@ class Needs:
         return None
 
 
-def start_ray(needs: Needs, address: str | None, no_progress_timeout_s: float, verbose: bool = False) -> None:
+def start_ray(needs: Needs, address: str | None, no_progress_timeout_s: float, verbose: bool = False,
+              shared: Mapping[str, str | None] | None = None) -> None:
     """Connect to ``address``, or start a Ray of our own that fits the run; an existing session is used as it is.
 
-    ValueError where the run can never be scheduled.
+    ValueError where the run can never be scheduled, and for a path of ``shared`` (by its setting) that a node does not
+    see.
     """
     quiet(verbose)
     if not ray.is_initialized():
@@ -75,6 +78,7 @@ def start_ray(needs: Needs, address: str | None, no_progress_timeout_s: float, v
     refusal = needs.refusal(available())
     if refusal:
         raise ValueError(refusal)
+    check_shared(shared or {})
     quiet(verbose)  # once more: Ray sets its loggers up when it starts
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -82,11 +86,16 @@ def start_ray(needs: Needs, address: str | None, no_progress_timeout_s: float, v
     context.execution_no_progress_timeout_s = no_progress_timeout_s
 
 
+def grows() -> bool:
+    """Whether this is the head of a cluster whose nodes come with the work."""
+    return BOOTSTRAP.expanduser().is_file()
+
+
 def available() -> dict[str, float]:
     """The logical CPUs and GPUs that this cluster has, or can grow to where it was started by ``ray up`` and this is
     its head."""
     here = ray.cluster_resources()
-    if not BOOTSTRAP.expanduser().is_file():
+    if not grows():
         return here
     most = ceiling(BOOTSTRAP.expanduser()) or {"CPU": math.inf, "GPU": math.inf}
     return {kind: max(here.get(kind, 0.0), most[kind]) for kind in most}

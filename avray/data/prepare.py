@@ -20,6 +20,7 @@ from avray.data.dataset import Dataset, open_dataset, read_rows
 from avray.data.embeddings import write_chunks, write_embeddings
 from avray.data.plan import Plan
 from avray.data.rows import example_row
+from avray.data.shared import shared_paths
 from avray.data.store import Store
 from avray.data.stream import Pool, prepare
 from avray.errors import DataError
@@ -72,7 +73,7 @@ def prepare_all(settings: PrepareSettings, family: Family) -> str:
     data, run_dir = settings.data, Path(settings.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     start_ray(embedding_needs(data), settings.cluster, data.no_progress_timeout_s,
-              verbose=settings.logging.level == "debug")
+              settings.logging.level == "debug", shared_paths(data, settings.run.dir))
     prepared = prepare_training(family, replace(data, mode="stream"), run_dir, settings.logging.progress)
     cache = Cache(data.cache)
     plans = list(prepared.dataset.plans.values())

@@ -19,6 +19,7 @@ from avray.data.cluster import Needs, start_ray
 from avray.data.dataset import open_dataset
 from avray.data.plan import Plan
 from avray.data.rows import gather
+from avray.data.shared import shared_paths
 from avray.data.store import Store
 from avray.data.stream import Pool, prepare
 from avray.devices import device_of
@@ -47,7 +48,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     columns, cache = family.columns(checkpoint.fitted), Cache(data.cache)
     if cache.missing(plan, columns):
         start_ray(Needs(1, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus), settings.cluster,
-                  data.no_progress_timeout_s)
+                  data.no_progress_timeout_s, shared=shared_paths(data, settings.run.dir))
         pool = Pool(data.embed_workers, data.embed_num_cpus, data.embed_num_gpus)
         prepare(plan, columns, cache, pool, dataset.limits)
     loss = checkpoint_loss(checkpoint, family, plan, cache, device, settings.batch_size, settings.max_rows)

@@ -85,7 +85,8 @@ def generate_many(settings: GenerateSettings) -> str:
 def run(settings: GenerateSettings, rows: list[Row], folder: Path) -> None:
     device = device_of(settings.device)
     gpus = 1.0 if device == "cuda" else 0.0
-    start_ray(Needs(1, settings.num_workers, 1.0, gpus), settings.cluster, settings.data.no_progress_timeout_s)
+    start_ray(Needs(1, settings.num_workers, 1.0, gpus), settings.cluster, settings.data.no_progress_timeout_s,
+              shared={"checkpoint": settings.checkpoint, "data.path": settings.data.path, "output": str(folder)})
     batches = [rows[i : i + settings.slots] for i in range(0, len(rows), settings.slots)]
     dataset = ray.data.from_arrow([pa.table({"row": [json.dumps(row) for row in batch]}) for batch in batches])
     arguments = (settings.checkpoint, device, settings.slots, options_of(settings), settings.seed, str(folder),

@@ -26,6 +26,7 @@ from avray.data.cache import Cache
 from avray.data.cluster import Needs, start_ray
 from avray.data.prepare import Prepared, pool_of, prepare_training
 from avray.data.rows import gather
+from avray.data.shared import shared_paths
 from avray.data.store import Store
 from avray.data.stream import InOrder, block_dataset
 from avray.devices import device_of
@@ -57,7 +58,7 @@ def train(settings: TrainSettings, family: Family, prepared: Prepared | None = N
     check_device(settings)
     Store(str(run_dir)).write("config.yaml", OmegaConf.to_yaml(to_mapping(settings)).encode())
     start_ray(needs(settings, len(family.columns(None))), settings.cluster, settings.data.no_progress_timeout_s,
-              verbose=settings.logging.level == "debug")
+              settings.logging.level == "debug", shared_paths(settings.data, settings.run.dir))
     if prepared is None:
         prepared = prepare_training(family, settings.data, run_dir, settings.logging.progress)
     job = make_job(settings, family, prepared)

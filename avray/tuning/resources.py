@@ -11,7 +11,8 @@ from typing import Any
 import ray
 
 from avray.config import SweepSettings
-from avray.data.cluster import SPARE_CPUS, Needs, start_ray
+from avray.data.cluster import SPARE_CPUS, Needs, available, grows, start_ray
+from avray.data.shared import shared_paths
 
 DRIVER_CPUS = 0.01
 """Of a trial's driver: it waits for its workers nearly all the time."""
@@ -42,9 +43,10 @@ def start(settings: SweepSettings, pools: int, count: int) -> Room:
     # A Ray of our own counts logical CPUs, as many as the trials asked for; GPUs are there or not.
     cpus_alone = Needs(one.pools, one.embed_workers, one.embed_num_cpus, 0.0, trainer.num_workers * wanted,
                        one.trainer_cpus) if own else Needs()
-    start_ray(cpus_alone, settings.cluster, settings.data.no_progress_timeout_s, verbose)
-    resources = ray.cluster_resources()
-    refusal = one.refusal(resources) or too_big(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    start_ray(cpus_alone, settings.cluster, settings.data.no_progress_timeout_s, verbose,
+              shared_paths(settings.data, settings.run.dir))
+    resources, nodes = available(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    refusal = one.refusal(resources) or (None if grows() else too_big(settings, nodes))
     if refusal:
         raise ValueError(f"Not even one trial fits. {refusal}")
     return room_for(settings, pools, count, resources, cores if own else None)

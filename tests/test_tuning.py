@@ -279,6 +279,9 @@ def test_rungs_are_rays_but_never_stop_the_last_step() -> None:
         "CONTINUE", "CONTINUE", "STOP", "CONTINUE"]
     assert ours.judge(4, 25, math.nan) == "STOP" and ours.judge(5, 25, 0.5) == "CONTINUE"
     assert ours.judge(6, 200, 9.0) == TrialScheduler.CONTINUE
+    for step, loss in ((25, 1.5), (75, 9.0)):
+        ours.judge(7, step, loss)
+    assert ours._brackets[0]._rungs[0][1] == {"6": -9.0, "7": -1.5}, "a trial is worth its best so far"
     brackets = Asha(200, 25, 3.0, 2)
     assert brackets.bracket(0) is brackets.bracket(2) is not brackets.bracket(1)
 
@@ -288,7 +291,7 @@ def test_a_resume_stands_on_the_same_rungs(tmp_path: Path) -> None:
     space = read_space(settings.tune.space)
     journal = journal_of(tmp_path / "j", {n: [loss] for n, loss in enumerate([3.0, 2.0, 1.5])})
     scheduler = make_scheduler(settings, space, Journal(tmp_path / "j"))
-    fresh = Asha(200, first_rung(settings), 3.0, 1)
+    fresh = Asha(200, first_rung(settings), settings.tune.reduction_factor, 1)
     for number, record in journal.records.items():
         fresh.judge(number, 25, record.results[0][1])
     assert scheduler.inner._brackets[0]._rungs == fresh._brackets[0]._rungs

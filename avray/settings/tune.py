@@ -49,7 +49,7 @@ class TuneSettings:
 
     min_steps: int | None = None
     """asha, hyperband: steps every trial gets; null: an eighth of ``trainer.max_steps``, one validation at least."""
-    reduction_factor: float = 3.0
+    reduction_factor: float = 4.0
     """asha, hyperband: one trial in so many goes on from a rung to the next, so many times longer."""
     perturb_every_steps: int | None = None
     """pbt: steps between two comparisons; null: a quarter of ``trainer.max_steps``."""

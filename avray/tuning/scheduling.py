@@ -36,14 +36,16 @@ class Numbered:
 class Asha(AsyncHyperBandScheduler):
     """Asynchronous successive halving (Li et al. 2020); several brackets make it asynchronous Hyperband.
 
-    Two things are otherwise than in Ray: a trial's bracket is its number modulo their count instead of a draw, and the
-    last validation never stops a trial, which has nothing left to save.
+    Three things are otherwise than in Ray: a trial's bracket is its number modulo their count instead of a draw; the
+    last validation never stops a trial, which has nothing left to save; and a rung compares the best loss of each trial
+    so far, as the sweep does in the end, since a trial keeps the checkpoint of its best.
     """
 
     def __init__(self, max_steps: int, min_steps: int, reduction_factor: float, brackets: int) -> None:
         super().__init__(time_attr="step", metric="loss", mode="min", max_t=max_steps, grace_period=min_steps,
                          reduction_factor=reduction_factor, brackets=brackets, stop_last_trials=False)
         self.max_steps = max_steps
+        self.best: dict[int, float] = {}
 
     def bracket(self, number: int) -> Any:
         return self._brackets[number % len(self._brackets)]
@@ -51,7 +53,8 @@ class Asha(AsyncHyperBandScheduler):
     def judge(self, number: int, step: int, loss: float) -> str:
         """CONTINUE or STOP. Also what a resume replays."""
         # A loss that is not finite is worse than any other, and must not turn a rung's cut-off into NaN.
-        reward = -loss if math.isfinite(loss) else -1e30
+        reward = max(-loss if math.isfinite(loss) else -1e30, self.best.get(number, -1e30))
+        self.best[number] = reward
         decision: str = self.bracket(number).on_result(Numbered(str(number)), step, reward)
         return TrialScheduler.CONTINUE if step >= self.max_steps else decision
 

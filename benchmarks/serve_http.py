@@ -193,10 +193,11 @@ class Direct:
 
     def request(self, data: bytes) -> Any:
         from avray.engine import make_request
+        from avray.media import read_audio
         from avray.serving.model import decoded
         from avray.settings.serve import LimitSettings
 
-        return make_request(None, decoded(data, LimitSettings()), None, None, SECONDS, None, None, 1)
+        return make_request(None, decoded(data, LimitSettings(), read_audio), None, None, SECONDS, None, None, 1)
 
     def __call__(self, batch: list[bytes]) -> list[bytes]:
         return [self.encoded(made.audio) for made in self.generator.generate_many(list(map(self.request, batch)))]

@@ -521,6 +521,20 @@ def test_a_base_that_is_gone_or_damaged(tmp_path: Path) -> None:
         Checkpoint.open(folder)
 
 
+@pytest.mark.parametrize(("best", "left"), [(2, 2), (6, 4)])
+def test_a_paused_trial_goes_back_to_where_it_was(tmp_path: Path, best: int, left: int) -> None:
+    from avray.tuning.trial import go_back
+
+    folders = {step: ck.save(tmp_path, step, content(step)) for step in (2, 4, 6, 10)}
+    ck.point(tmp_path, "best", folders[best])
+    (tmp_path / "summary.json").touch()
+    go_back(tmp_path, folders[4])
+    assert ck.checkpoints(tmp_path) == [folders[2], folders[4]]
+    assert ck.follow(tmp_path, "last") == folders[4] and ck.follow(tmp_path, "best") == folders[left]
+    assert not (tmp_path / "summary.json").exists()
+    assert Checkpoint.open(tmp_path).step == left
+
+
 def test_a_trial_that_takes_over_anothers_checkpoint_takes_its_base_too(tmp_path: Path) -> None:
     from avray.tuning.trial import copy_checkpoint
 

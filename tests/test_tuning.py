@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from avray import cli
@@ -299,6 +300,47 @@ def test_a_resume_stands_on_the_same_rungs(tmp_path: Path) -> None:
 
 
 # ── results, failures ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Member:
+    """What population based training looks at of a trial."""
+
+    def __init__(self, number: int) -> None:
+        self.config = {"trial": {"number": number, "params": {}}}
+        self.status, self.trial_id, self.checkpoint = Trial.RUNNING, str(number), None
+        self.run_metadata, self.experiment_tag = Trial("avray", stub=True).run_metadata, ""
+
+    def is_finished(self) -> bool:
+        return self.status in (Trial.TERMINATED, Trial.ERROR)
+
+
+class Population:
+    """And of their controller."""
+
+    search_alg = None
+
+    def __init__(self, size: int) -> None:
+        self.members = [Member(number) for number in range(size)]
+
+    def get_trials(self) -> list[Member]:
+        return self.members
+
+    def get_live_trials(self) -> list[Member]:
+        return [member for member in self.members if not member.is_finished()]
+
+
+def test_a_population_does_not_wait_for_the_dead(tmp_path: Path) -> None:
+    settings = sweep_settings("tune=pbt", "tune.perturb_every_steps=25", "trainer.validate_every_steps=25")
+    scheduler = make_scheduler(settings, read_space(settings.tune.space), Journal(tmp_path / "journal.jsonl"))
+    population = Population(2)
+    waits, dies = population.members
+    for member in population.members:
+        scheduler.on_trial_add(population, member)
+    assert scheduler.inner.on_trial_result(population, waits, {"step": 25, "loss": 1.0}) == TrialScheduler.PAUSE
+    waits.status = Trial.PAUSED
+    assert scheduler.choose_trial_to_run(population) is None, "the other is on its way"
+    dies.status = Trial.ERROR
+    assert scheduler.choose_trial_to_run(population) is waits
 
 
 def test_the_best_has_finished(tmp_path: Path) -> None:

@@ -61,6 +61,14 @@ class Breaks:
             os._exit(1)
 
 
+class Dawdles:
+    """A hook that keeps every trial but the one with the default settings waiting."""
+
+    def on_validation_start(self, loop: Any) -> None:
+        if loop.trainer.optimizer.weight_decay != 0.01:
+            time.sleep(4)
+
+
 def test_a_sweep_leaves_its_best_whatever_fails(ray_session: None, common: list[str], tmp_path: Path,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
     """Three batch sizes: one fine, one whose worker dies once, one out of memory. Two objectives, a family's metric."""
@@ -101,9 +109,9 @@ def test_best_yaml_drops_into_train(ray_session: None, common: list[str], tmp_pa
     from avray.train.trainer import train
 
     folder = tmp_path / "sweep"
-    sweep(compose(SWEEP, [*common, f"run.dir={folder}", "tune=hyperband", "tune.num_samples=5"]))
+    sweep(compose(SWEEP, [*common, f"run.dir={folder}", "tune=hyperband", "tune.num_samples=3"]))
     summary = json.loads((folder / "summary.json").read_text())
-    assert sum(summary["trials"].values()) == 5 and summary["trials"]["failed"] == 0
+    assert sum(summary["trials"].values()) == 3 and summary["trials"]["failed"] == 0
     mapping = composing.compose("best", TrainSettings, [f"run.dir={tmp_path}/again"], config_dir=folder,
                                 config_name="best")
     settings = from_mapping(TrainSettings, mapping)
@@ -112,11 +120,16 @@ def test_best_yaml_drops_into_train(ray_session: None, common: list[str], tmp_pa
 
 
 def test_pbt_copies_weights_and_moments(ray_session: None, common: list[str], tmp_path: Path) -> None:
-    """After an exploit the trial's parameters are the donor's, bit for bit, its rate its own, and it trains on."""
+    """After an exploit the trial's parameters are the donor's, bit for bit, its rate its own, and it trains on. One
+    trial is faster and runs ahead while it is paused, which must not count."""
     folder = tmp_path / "sweep"
     sweep(compose(SWEEP, [*common, f"run.dir={folder}", "tune=pbt", "tune.num_samples=2", "trainer.max_steps=6",
-                          "tune.perturb_every_steps=2", "tune.quantile=0.5"]))
+                          "tune.perturb_every_steps=2", "tune.quantile=0.5",
+                          f"trainer.hooks=[{{_target_: {__name__}.Dawdles}}]"]))
     journal = Journal(folder / "journal.jsonl")
+    for number in (0, 1):
+        assert [event["step"] for event in journal.events
+                if (event["event"], event["number"]) == ("result", number)] == [2, 4, 6]
     exploits = [event for event in journal.events if event["event"] == "exploit"]
     assert exploits, "of two trials the worse one always copies"
     last = {event["number"]: event for event in exploits}
@@ -139,7 +152,7 @@ def test_pbt_copies_weights_and_moments(ray_session: None, common: list[str], tm
 
 
 def test_a_killed_driver_resumes_to_the_same_table(ray_session: None, common: list[str], tmp_path: Path) -> None:
-    arguments = [*common, "tune=random", "tune.num_samples=3", "trainer.max_steps=6"]
+    arguments = [*common, "tune=random", "tune.num_samples=2"]
     sweep(compose(SWEEP, [*arguments, f"run.dir={tmp_path}/whole"]))
     killed = tmp_path / "killed"
     script = Path(__file__).parents[1] / "tune" / "sweep.py"

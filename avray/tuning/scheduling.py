@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -85,6 +86,14 @@ class Pbt(PopulationBasedTraining):
         self.max_steps = settings.trainer.max_steps
         self.space, self.journal, self.seed, self.resample = space, journal, settings.seed, tune.resample_probability
         random.seed(settings.seed)  # with which Ray chooses among the best
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Ray compares when the last trial comes to the step, and waits for ever where that one ended on its way."""
+        live = [*tune_controller.get_live_trials()]
+        if live and all(trial.status == Trial.PAUSED and self._trial_state[trial].last_train_time
+                        >= self._next_perturbation_sync for trial in live):
+            super().on_trial_result(tune_controller, live[0], self._trial_state[live[0]].last_result)
+        return super().choose_trial_to_run(tune_controller)
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, str]]:
         number, donor = (one.config["trial"]["number"] for one in (trial, trial_to_clone))

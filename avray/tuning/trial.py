@@ -3,7 +3,8 @@
 Notable: the trial's own folder is what it goes on from after a crash, a pause or a killed sweep. Ray gets no weights
 from us; a checkpoint reported to it holds one line, the path of ours. That is enough for PBT: a trial that restarts
 with another trial's line copies that checkpoint into its own folder, weights, averages and moments, and trains on with
-its own learning rate. The process is used for one trial after another; a trial that Ray stops ends its worker at once.
+its own learning rate. A paused trial trains on until its process is taken, so one that goes on with its own line first
+goes back to it. The process is used for one trial after another; a trial that Ray stops ends its worker at once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import ray
 import ray.tune
 
-from avray.checkpoint import newest, point
+from avray.checkpoint import checkpoints, follow, newest, point
 from avray.config import SweepSettings, TrainSettings, from_mapping, to_mapping
 from avray.data.cache import Cache
 from avray.data.prepare import Prepared, embed, prepare_training
@@ -150,6 +151,7 @@ class Reporter:
         for handle in self.workers:
             with contextlib.suppress(Exception):
                 ray.kill(handle)
+                ray.get(handle.__ray_ready__.remote(), timeout=5)  # an error, once it is gone: it writes nothing more
 
 
 def run_trial(config: dict[str, Any], plan: Plan) -> None:
@@ -253,7 +255,8 @@ def report(result: dict[str, Any], checkpoint: Path | None) -> None:
 
 
 def fork(folder: Path) -> Path | None:
-    """After an exploit: put the donor's checkpoint in the place of this trial's own. Returns the donor's, if any.
+    """After an exploit: put the donor's checkpoint in the place of this trial's own. Returns the donor's, if any. After
+    a mere pause: back to where it was.
 
     Copied beside and renamed, own checkpoints removed first: killed in between, the trial begins anew or goes on from
     the donor, and never mixes the two.
@@ -264,9 +267,22 @@ def fork(folder: Path) -> Path | None:
     with given.as_directory() as place:
         source = Path(json.loads((Path(place) / POINTER).read_text())["checkpoint"])
     if source.is_relative_to(folder):
+        go_back(folder, source)
         return None
     copy_checkpoint(source, folder)
     return source
+
+
+def go_back(folder: Path, source: Path) -> None:
+    """Forget what a run did after one of its checkpoints: another trial may be copying that one, so it stays put."""
+    found = checkpoints(folder)
+    later = found[found.index(source) + 1 :]
+    (folder / "summary.json").unlink(missing_ok=True)
+    point(folder, "last", source)
+    if follow(folder, "best") in (None, *later):
+        point(folder, "best", source)
+    for path in later:
+        shutil.rmtree(path)
 
 
 def copy_checkpoint(source: Path, folder: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import soundfile
 import torch
 
@@ -232,6 +233,18 @@ def test_dry_run_does_everything_once(ray_session, tmp_path, wavs, cache):
     assert summary["memory_bytes"]["weights"] == 4 * summary["parameters"]
     assert summary["memory_bytes"]["activations"] > 0
     assert list((tmp_path / "run" / "samples").rglob("*.generated.wav"))
+
+
+def test_the_board_keeps_every_message_in_order(ray_session):
+    from avray.train.board import open_board
+
+    board, taken = open_board(), []
+    for number in range(2000):
+        board.tell.remote("figures", number)
+        if number % 50 == 0:
+            taken += ray.get(board.take.remote())
+    taken += ray.get(board.take.remote())
+    assert taken == [("figures", number) for number in range(2000)]
 
 
 def test_prepared_mode_refuses_what_is_not_prepared(ray_session, tmp_path, wavs):

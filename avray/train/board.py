@@ -35,7 +35,7 @@ class Listener(Protocol):
 
 
 class Board:
-    """The actor between rank 0 and the driver: a list of messages, emptied by whoever reads it."""
+    """Between rank 0 and the driver: a list of messages, emptied by whoever reads it."""
 
     def __init__(self) -> None:
         self.messages: list[tuple[str, Any]] = []
@@ -46,6 +46,12 @@ class Board:
     def take(self) -> list[tuple[str, Any]]:
         taken, self.messages = self.messages, []
         return taken
+
+
+def open_board() -> Any:
+    """An actor that takes one call at a time: with several, messages overtook each other, and one that came while the
+    list was taken was lost."""
+    return ray.remote(num_cpus=0)(Board).remote()
 
 
 @ray.remote(num_cpus=0, max_retries=1)

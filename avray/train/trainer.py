@@ -34,7 +34,7 @@ from avray.errors import CheckpointError, DataError, MissingDependency, OutOfMem
 from avray.family import Column, Family
 from avray.media import Limits
 from avray.registry import family_settings
-from avray.train.board import Board, Listener, Watch
+from avray.train.board import Listener, Watch, open_board
 from avray.train.job import Job
 from avray.train.memory import Memory, count_parameters, estimate
 from avray.train.samples import WAITING, awaited, sample_folder
@@ -132,7 +132,7 @@ def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mappin
     run_dir = Path(settings.run.dir)
     cache = Cache(settings.data.cache)
     reference = ray.put(job)
-    board = ray.remote(num_cpus=0, max_concurrency=4)(Board).remote()
+    board = open_board()
     streaming = bool(cache.missing(job.train, columns))
     # Built anew at each start of the group, from where the newest checkpoint stands then.
     datasets = {"train": lambda: first_blocks(ray.get(reference), limits)} if streaming else {}

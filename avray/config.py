@@ -196,6 +196,10 @@ class GenerateSettings(CommandSettings):
     """The file to write, or the folder where there are many; null: ``generated.wav`` (.mp4, .txt) or ``generated/``."""
     embedding: str | None = None
     """A JSON file to write the predicted embedding to, beside the output."""
+    sound: bool = False
+    """Of a clip: put under it what task audio makes of the same prompt."""
+    stream: bool = False
+    """Write the output while it is made: WAV, text (printed where output is null), or an MP4 in fragments."""
     include_prompt: bool = False
     """Put the given recording in front of what was generated."""
 
@@ -242,6 +246,10 @@ class GenerateSettings(CommandSettings):
         given = [name for name in ("prompt", "audio", "video") if getattr(self, name) is not None]
         if self.data.path is not None and given:
             raise ValueError(f"data.path gives one request a row; {' and '.join(given)} is for a single one.")
+        if self.data.path is not None and (self.sound or self.stream):
+            raise ValueError("sound and stream are for a single request; with data.path a row says \"sound\": true.")
+        if self.stream and self.include_prompt:
+            raise ValueError("stream=true writes what is made and nothing else: leave include_prompt out.")
 
 
 @dataclass(frozen=True)

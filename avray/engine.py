@@ -22,7 +22,7 @@ from torch import nn
 from avray.checkpoint import Checkpoint
 from avray.errors import DataError
 from avray.family import Column, Family, Fitted, Media, Modality, Network, Options, Render, Request, Row, role_columns
-from avray.media import Audio, Video, read_audio, resampled_length, rescaled
+from avray.media import Audio, Video, joined, read_audio, resampled_length, rescaled
 from avray.registry import saved_family
 
 
@@ -161,14 +161,12 @@ class Engine:
 
     def media(self, pieces: Sequence[Any]) -> Media:
         """A request's outputs joined."""
-        joined = _joined(pieces)
-        if joined is None and self.renderer.modality == "audio" and not hasattr(self.renderer, "tasks"):
-            joined = np.zeros((1, 0), np.float32)
-        if joined is None or isinstance(joined, str):
-            return joined or ""
-        if joined.ndim == 2:
-            return Audio(joined, self.renderer.sample_rate_hz)
-        return Video(joined, self.renderer.frame_rate_hz)  # type: ignore[attr-defined]
+        whole = _joined(pieces)
+        if whole is None and self.renderer.modality == "audio" and not hasattr(self.renderer, "tasks"):
+            whole = np.zeros((1, 0), np.float32)
+        if whole is None or isinstance(whole, str | Video):
+            return whole or ""
+        return Audio(whole, self.renderer.sample_rate_hz)
 
 
 class Generator:
@@ -206,6 +204,10 @@ class Generator:
         """The same, piece by piece as it is made; the pieces joined are what ``generate`` gives. Closing it stops. Up
         to ``slots`` streams may be open and advance together."""
         request = make_request(prompt, audio, video, task, seconds, temperature, options, seed)
+        return self.stream_request(request)
+
+    def stream_request(self, request: Request) -> Iterator[Media]:
+        """``stream`` of a Request."""
         self.check(request)
         return self._stream(request)
 
@@ -298,15 +300,14 @@ def _modality(media: Media) -> Modality:
 
 
 def _is_empty(media: Any) -> bool:
-    return not media if isinstance(media, str) else not media.size
+    return not (media.frames.size if isinstance(media, Video) else media if isinstance(media, str) else media.size)
 
 
 def _joined(pieces: Sequence[Any]) -> Any:
-    """Text end to end; sound ``[channels, samples]`` along time; frames ``[time, …]`` one after another; None for
-    nothing."""
+    """Text end to end; sound ``[channels, samples]`` along time; clips one after another; None for nothing."""
     pieces = [piece for piece in pieces if piece is not None]
     if not pieces:
         return None
     if isinstance(pieces[0], str):
         return "".join(pieces)
-    return np.concatenate(pieces, axis=1 if pieces[0].ndim == 2 else 0)
+    return joined(pieces) if isinstance(pieces[0], Video) else np.concatenate(pieces, axis=1)

@@ -251,7 +251,7 @@ class Render(Protocol):
     """Turns one request's pieces into media as they come."""
 
     def push(self, data: Any) -> Any:
-        """Media that is final now: float32 ``[channels, samples]``, frames ``[n, h, w, 3]`` uint8, or text."""
+        """Media that is final now: float32 ``[channels, samples]``, a Video of the next frames, text, or None."""
 
     def finish(self) -> Any:
         """The rest."""
@@ -262,8 +262,8 @@ class Renderer(Protocol):
 
     modality: Modality
     sample_rate_hz: int
-    """Of the audio; 0 where there is none. A renderer of pictures has their ``frame_rate_hz`` as well, and one whose
-    requests choose by their task what they get, a mapping ``tasks`` from each task to its modality."""
+    """Of the audio; 0 where there is none. A renderer whose requests choose by their task what they get has a mapping
+    ``tasks`` from each task to its modality as well."""
 
     def open(self) -> Render: ...
 

@@ -7,6 +7,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile as sf
@@ -16,12 +17,15 @@ from hypothesis import strategies as st
 from avray.errors import DataError
 from avray.media import (
     Audio,
+    Fragments,
     Limits,
     Video,
     content_hash,
+    joined,
     probe,
     probe_video,
     read_audio,
+    read_video,
     resampled_length,
     stream_audio,
     write_audio,
@@ -193,6 +197,29 @@ def test_video_is_written_and_probed(tmp_path: Path) -> None:
         probe_video(path, Limits(max_pixels=1000))
     with pytest.raises(ValueError, match="even width"):
         write_video(path, Video(np.zeros((3, 48, 63, 3), np.uint8), 10.0))
+
+
+@pytest.mark.parametrize("has_sound", [False, True])
+def test_a_video_in_fragments_is_played_as_it_comes(tmp_path: Path, has_sound: bool) -> None:
+    sound = sweep(4.0).samples
+    pieces = [clip(audio=Audio(sound[:, k * 2 * RATE:(k + 1) * 2 * RATE], RATE) if has_sound else None)
+              for k in (0, 1)]
+    writer, path = Fragments("made"), tmp_path / "a.mp4"
+    first, second, last = writer.push(pieces[0]), writer.push(pieces[1]), writer.finish()
+    path.write_bytes(first)
+    with av.open(str(path)) as file:  # before the second piece is there
+        assert sum(1 for _ in file.decode(video=0)) >= 16 and file.metadata["comment"] == "made"
+    path.write_bytes(first + second + last)
+    info = probe_video(str(path))
+    assert (info.num_frames, info.frame_rate_hz, info.has_audio) == (40, 10.0, has_sound)
+    shown = read_video(str(path)).frames
+    assert np.abs(shown.astype(float) - joined(pieces).frames).mean() < 3
+    if has_sound:
+        heard = read_audio(str(path)).samples[0, : 4 * RATE]
+        shift = np.correlate(heard[8000:24_000], sound[0, 8000:24_000], "full").argmax() - (16_000 - 1)
+        assert shift == 0
+    with pytest.raises(ValueError, match="even width"):
+        Fragments().push(Video(np.zeros((3, 48, 63, 3), np.uint8), 10.0))
 
 
 def test_sound_of_a_container_keeps_its_length_and_time(tmp_path: Path) -> None:

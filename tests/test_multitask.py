@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from avray.checkpoint import Content, save
+from avray.cli import GENERATE, compose
 from avray.codecs import clip_dct
 from avray.codecs.spectral import Spectral
 from avray.data.demo_tasks import audio_prompts, clip, task_rows, tone, video_prompts
@@ -20,7 +21,8 @@ from avray.families.multitask_figures import Retrieval
 from avray.families.multitask_losses import hidden_states
 from avray.families.multitask_model import TASKS, gaussian_flow_loss
 from avray.family import Options, Request
-from avray.media import Audio, Video
+from avray.generation.one import generate
+from avray.media import Audio, Video, probe_video
 from avray.registry import family_settings
 from tests.tiny_codec import RATE_HZ, WIDTH, TinyConfig
 
@@ -197,6 +199,31 @@ def test_streams_joined_are_the_whole():
             assert np.array_equal(joined, getattr(whole, name))
 
 
+@pytest.mark.parametrize("vector_s", [None, 0.1])
+def test_a_clip_with_the_sound_of_the_same_prompt(vector_s):
+    family = tiny(vector_s=vector_s, head="flow", temperature=0.9, segment_s=2.0)
+    model, fitted = built(family, rows_of(vectors=1 if vector_s is None else 3))
+    for head in model.heads.values() if vector_s else ():
+        head.end.bias.data.fill_(-9.0)
+    generator = engine(family, model, fitted)
+    options = Options(max_tokens=2)
+    asked = Request(PROMPTS["video"], task="video", options=options, seed=4, fields={"sound": True})
+    silent = generator.generate(PROMPTS["video"], task="video", options=options, seed=4).media
+    [result] = generator.generate_many([asked])
+    made = result.media
+    assert silent.audio is None and np.array_equal(made.frames, silent.frames)
+    assert made.audio.seconds == len(made.frames) / made.frame_rate_hz == (2.0 if vector_s is None else 4.0)
+    alone = generator.generate(PROMPTS["video"], task="audio", seed=4, options=options if vector_s is None else
+                               Options(max_tokens=40), seconds=2.0 if vector_s is None else None).media.samples
+    number = min(alone.shape[1], made.audio.samples.shape[1])
+    assert np.array_equal(made.audio.samples[:, :number], alone[:, :number])
+    assert not made.audio.samples[:, number:].any()
+    pieces = list(generator.stream_request(asked))
+    assert np.array_equal(np.concatenate([piece.audio.samples for piece in pieces], 1), made.audio.samples)
+    both = generator.generate_many([asked, Request(PROMPTS["text"], task="text", seed=1, options=options)])
+    assert np.array_equal(both[0].media.audio.samples, made.audio.samples)
+
+
 def test_golden_output():
     """What this seed has always given; a change here changes what every checkpoint generates."""
     family = tiny(temperature=1.0)
@@ -259,6 +286,7 @@ def test_rows_of_every_kind_become_examples():
     (Request("a", task="text", options=Options(seconds=1.0)), "seconds has no meaning"),
     (Request("a", task="text", fields={"embedding": True}), "embedding has no meaning for task text"),
     (Request("a", task="audio", options=Options(num_steps=4)), "num_steps has no meaning"),
+    (Request("a", task="audio", fields={"sound": True}), "sound has no meaning"),
 ])
 def test_requests_that_cannot_be_answered_say_why(request_, reason):
     family = tiny()
@@ -356,6 +384,34 @@ def test_a_checkpoint_generates_what_the_model_did(tmp_path):
     have = Generator.open(tmp_path / "run").generate("play low", task="audio", seed=1).media
     assert want.sample_rate_hz == have.sample_rate_hz == 24_000
     np.testing.assert_allclose(have.samples, want.samples, atol=1e-4)
+
+
+def test_what_is_written_while_it_is_made_is_what_is_written_whole(tmp_path, capsys):
+    family = Multitask(Spectral(), width=32, num_layers=1, num_heads=2, vector_s=0.4, context=32, head="flow")
+    rows = [row | ({"embedding": [[-4.0 + index] * 128] * 2} if row["task"] == "audio" else {})
+            for index, row in enumerate(rows_of())]
+    model, fitted = built(family, rows)
+    save(tmp_path / "run", 1, Content(model=model.state_dict(), family=family_settings(family), fitted=fitted))
+    made = {}
+    for stream in ("false", "true"):
+        for task, suffix in (("audio", "wav"), ("video", "mp4"), ("text", "txt")):
+            path = tmp_path / f"{stream}.{suffix}"
+            said = generate(compose(GENERATE, [f"checkpoint={tmp_path / 'run'}", f"task={task}", "prompt=play low",
+                                               "count=3", f"stream={stream}", f"output={path}",
+                                               f"sound={str(task == 'video').lower()}"]))
+            assert said.startswith(str(path)) and said.endswith("seed 0")
+            made[stream, suffix] = path
+    assert made["false", "wav"].read_bytes() == made["true", "wav"].read_bytes()
+    assert made["false", "txt"].read_text() == made["true", "txt"].read_text()
+    whole, streamed = (probe_video(str(made[stream, "mp4"])) for stream in ("false", "true"))
+    assert whole.num_frames == streamed.num_frames and whole.has_audio and streamed.has_audio
+    said = generate(compose(GENERATE, [f"checkpoint={tmp_path / 'run'}", "task=text", "prompt=say aa", "count=3",
+                                       "stream=true"]))
+    assert f"{len(capsys.readouterr().out)} characters" in said
+    for wrong, reason in (("output=a.mp3", "written as .wav"), ("include_prompt=true", "leave include_prompt out")):
+        with pytest.raises(ValueError, match=reason):
+            generate(compose(GENERATE, [f"checkpoint={tmp_path / 'run'}", "task=audio", "prompt=play low",
+                                        "stream=true", wrong]))
 
 
 GOLDEN_TEXT = "dp"

@@ -22,7 +22,7 @@ from avray.codecs import clip_dct
 from avray.codecs.spectral import Spectral
 from avray.engine import resampled
 from avray.family import Request
-from avray.media import Video, read_audio, read_video, rescaled, write_video
+from avray.media import Fragments, Video, read_audio, read_video, rescaled, write_video
 from avray.serving.model import refusal
 from avray.settings.serve import JobSettings, LimitSettings, ReplicaSettings, ServeSettings
 from tests.serving import listening, save_clips, save_codec_lm
@@ -88,6 +88,41 @@ def test_a_video_by_its_own_client(client: openai.OpenAI, folder: Path, url: str
         client.videos.retrieve(video.id)
 
 
+@pytest.mark.parametrize("sound", [False, True])
+def test_a_video_in_fragments(folder: Path, url: str, sound: bool) -> None:
+    """Its pictures are those of the checkpoint, its first bytes are all that a player needs to begin, and there is a
+    fragment for every tenth of a second."""
+    asked = {"model": "shows", "prompt": "show a", "seed": 5, "stream": True, "sound": sound}
+    answer = requests.post(f"{url}/videos/sync", json=asked, timeout=30, stream=True)
+    assert answer.status_code == 200 and answer.headers["content-type"] == "video/mp4"
+    assert answer.headers["transfer-encoding"] == "chunked"
+    data = b"".join(answer.iter_content(None))
+    assert boxes(data)[:2] == [b"ftyp", b"moov"] and boxes(data).count(b"moof") >= 18
+    own = avray.load(folder / "shows", slots=2)
+    [made] = own.generate_many([Request("show a", task="video", seed=5, fields={"sound": sound})])
+    whole = b"".join([(fragments := Fragments()).push(made.media), fragments.finish()])
+    assert np.array_equal(frames_of(data), frames_of(whole))
+    with av.open(io.BytesIO(data)) as file:
+        assert len(file.streams.audio) == sound and "seed 5" in file.metadata["comment"]
+    whole = requests.post(f"{url}/videos/sync", json=asked | {"stream": False}, timeout=30).content
+    with av.open(io.BytesIO(whole)) as file:
+        heard = sum(frame.samples for frame in file.decode(audio=0)) if file.streams.audio else 0
+    assert heard == 0 if not sound else 0 <= heard - made.media.audio.samples.shape[1] < 1024  # AAC's last packet
+
+
+def boxes(data: bytes) -> list[bytes]:
+    found, at = [], 0
+    while at < len(data):
+        found.append(data[at + 4 : at + 8])
+        at += int.from_bytes(data[at : at + 4])
+    return found
+
+
+def test_a_job_streams_no_video(url: str) -> None:
+    answer = requests.post(f"{url}/videos", json={"model": "shows", "prompt": "show a", "stream": True}, timeout=30)
+    assert answer.status_code == 400 and error_of(answer)["param"] == "stream"
+
+
 def test_a_sound_is_no_video(client: openai.OpenAI, url: str) -> None:
     job = requests.post(f"{url}/audio/generate", json={"model": "speech", "seconds": 0.4}, timeout=30,
                         headers={"prefer": "respond-async"}).json()
@@ -100,7 +135,7 @@ def test_a_sound_is_no_video(client: openai.OpenAI, url: str) -> None:
     ({"size": "720x1280"}, "size"), ({"seconds": "4"}, "seconds"), ({"prompt": ""}, "input"),
     ({"model": "speech"}, "model"), ({"task": "audio"}, "task"), ({"response_format": "wav"}, "response_format"),
     ({"prompt": "a" * 101}, "input"), ({"input_reference": "http://a/b.png"}, "input_reference"),
-    ({"seed": -1}, "seed")])
+    ({"seed": -1}, "seed"), ({"sound": "loud"}, "sound")])
 def test_a_video_that_cannot_be(url: str, fields: dict[str, Any], param: str) -> None:
     for route in ("videos", "videos/sync"):
         if route == "videos" and fields == {"prompt": ""}:  # the model says so, not the gateway

@@ -262,7 +262,8 @@ class Multitask:
         named = {"tokens": inputs, "targets": targets, "weight": weight, "length": np.array(list(map(len, prompts))),
                  "task": np.array([TASKS.index(row.get("task", TASKS[0])) for row in rows]),
                  "as_json": np.array([bool(row.get("as_json")) for row in rows]),
-                 "given": np.array([bool(row.get("given")) for row in rows])}
+                 "given": np.array([bool(row.get("given")) for row in rows]),
+                 "sound": np.array([bool(row.get("sound")) for row in rows])}
         for index, alike in enumerate(np.array_split(np.argsort(needed, kind="stable"), LENGTH_GROUPS)):
             longest = max((needed[row] for row in alike), default=0)
             named |= {f"alike{index}.row": alike, f"alike{index}.step": np.arange(longest)}
@@ -394,7 +395,8 @@ class Multitask:
 
     def prompt(self, request: Request) -> Prompt:
         """A task and a text; ``fields={"embedding": True}`` asks for the numbers as JSON in place of the medium, and
-        with a recording or a clip in place of the text for what the frozen network says of it."""
+        with a recording or a clip in place of the text for what the frozen network says of it. ``{"sound": True}``
+        puts under a clip what task audio makes of the same prompt and seed."""
         if request.fields.get("embedding") is True and (request.audio or request.video):
             return self._given(request)
         for name in ("audio", "video"):
@@ -409,13 +411,16 @@ class Multitask:
         as_json = request.fields.get("embedding") is True
         if as_json and task in WRITTEN:
             raise ValueError(f"embedding has no meaning for task {task}: it writes text.")
+        sound = request.fields.get("sound") is True
+        if sound and (task != "video" or as_json or "audio" not in self.tasks):
+            raise ValueError("sound has no meaning here: it is that of a clip, and of a model of both audio and video.")
         how = self._generation(request.options, task)
         if self.encoder is not None and how.seconds is not None and how.seconds > self.segment_s:
             raise ValueError(f"seconds = {how.seconds:g}: this model's decoder makes up to {self.segment_s:g}.")
         text = prompt_of(request.fields) or request.text or ""
         if not text and task in EMBEDDED:
             raise ValueError(f"prompt is missing: say what the {task} is to be.")
-        return Prompt({}, {"task": task, "prompt": text, "asked": True, "as_json": as_json})
+        return Prompt({}, {"task": task, "prompt": text, "asked": True, "as_json": as_json, "sound": sound})
 
     def _given(self, request: Request) -> Prompt:
         """A file to be embedded: nothing is generated."""
@@ -446,7 +451,7 @@ class Multitask:
         tokens = open_tokens(fitted.data["tokens"])
         missing = [task for task in self.tasks if task in EMBEDDED and task not in model.heads]
         frames = functools.partial(self._sound_frames, fitted)
-        return MultitaskSampler(model, tokens, slots, self._generation, self.vector_s is not None, frames, missing)
+        return MultitaskSampler(model, tokens, slots, self._generation, self.vector_s, frames, missing)
 
     def _sound_frames(self, fitted: Fitted, seconds: float | None) -> int:
         """The codec's frames that a vector stands for; a single one lasts as long as asked."""

@@ -1,12 +1,13 @@
 """How multitask answers: slots that write token by token or foresee vector by vector, side by side, and what makes
-text, sound, pictures or JSON of it. A slot's result depends on its request, its seed and the number of slots alone."""
+text, sound, pictures (with the sound of the same prompt, where it is asked for) or JSON of it. A slot's result depends
+on its request, its seed and the number of slots alone."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from avray.codecs.base import Codec
 from avray.encoders.tokens import Tokens
 from avray.families.multitask_model import EMBEDDED, TASKS, WRITTEN, MultitaskModel, noise_of
 from avray.family import Batch, Modality, Options, Piece
+from avray.media import Audio, Video
 from avray.nn.kv_cache import CachedTransformer
 from avray.nn.sampling import Draw, Drawer, uniforms
 
@@ -51,17 +53,20 @@ class Generation:
 
 @dataclass(frozen=True)
 class Foreseen:
-    """One vector ``[width]`` of an embedding, and what it decodes to ``[frames, decoded]``."""
+    """One vector ``[width]`` of an embedding, and what it decodes to ``[frames, decoded]``. ``is_track``: the sound of
+    a clip that is to come."""
 
     task: str
     vector: np.ndarray
     decoded: np.ndarray
     as_json: bool
+    is_track: bool = False
 
 
 @dataclass
 class Slot:
-    """One request under way: ``x`` is what goes in at step ``at``."""
+    """One request under way: ``x`` is what goes in at step ``at``. With ``clip`` it makes the sound of one, which the
+    slot goes on with: its prompt, and how."""
 
     task: str
     x: Tensor
@@ -70,6 +75,7 @@ class Slot:
     seed: int
     as_json: bool
     made: int = 0
+    clip: tuple[Tensor, Generation] | None = None
 
 
 class MultitaskSampler:
@@ -77,10 +83,10 @@ class MultitaskSampler:
     a vector stands for, from the seconds asked."""
 
     def __init__(self, model: MultitaskModel, tokens: Tokens, slots: int,
-                 generation: Callable[[Options, str], Generation], is_sequence: bool,
+                 generation: Callable[[Options, str], Generation], vector_s: float | None,
                  frames: Callable[[float | None], int], untrained: Sequence[str]) -> None:
         self.model, self.tokens, self.slots = model.eval(), tokens, slots
-        self.generation, self.is_sequence, self.frames, self.untrained = generation, is_sequence, frames, untrained
+        self.generation, self.vector_s, self.frames, self.untrained = generation, vector_s, frames, untrained
         self.context = model.transformer.config.context
         self.cache = CachedTransformer(model.transformer, slots)
         self.busy: dict[int, Slot] = {}
@@ -100,10 +106,31 @@ class MultitaskSampler:
                 plain = self.model.unscale(task, vectors).float().cpu().numpy()
                 self.given[slot] = [Foreseen(task, vector, vector[None], True) for vector in plain]
                 continue
-            prompt = self.model.embed(batch["tokens"][i, : int(batch["length"][i])].to(self.device)[None])[0]
-            self.cache.prefill(slot, prompt[:-1])
-            self.busy[slot] = Slot(task, prompt[-1], len(prompt) - 1, self.generation(options[i], task), seeds[i],
-                                   bool(batch["as_json"][i]))
+            line, how = batch["tokens"][i, : int(batch["length"][i])].to(self.device), self.generation(options[i], task)
+            if not batch["sound"][i]:
+                self._begin(slot, task, line, how, seeds[i], bool(batch["as_json"][i]))
+                continue
+            if "audio" in self.untrained:
+                raise ValueError("sound: this model saw no row of audio.")
+            self._begin(slot, "audio", self._as_task("audio", line), self._of_track(how), seeds[i], False, (line, how))
+
+    def _begin(self, slot: int, task: str, line: Tensor, how: Generation, seed: int, as_json: bool,
+               clip: tuple[Tensor, Generation] | None = None) -> None:
+        prompt = self.model.embed(line[None])[0]
+        self.cache.prefill(slot, prompt[:-1])
+        self.busy[slot] = Slot(task, prompt[-1], len(prompt) - 1, how, seed, as_json, clip=clip)
+
+    def _as_task(self, task: str, line: Tensor) -> Tensor:
+        """The same prompt behind another task's token."""
+        return torch.cat([line.new_tensor([self.tokens.size + TASKS.index(task)]), line[1:]])
+
+    def _of_track(self, how: Generation) -> Generation:
+        """For the sound of a clip: as long as its pictures at most."""
+        if self.vector_s is None:
+            return replace(how, seconds=clip_dct.CLIP_S)
+        if how.max_tokens is None:
+            return how
+        return replace(how, max_tokens=math.ceil(how.max_tokens * clip_dct.CLIP_S / self.vector_s))
 
     def drop(self, slot: int) -> None:
         self.busy.pop(slot, None)
@@ -127,10 +154,15 @@ class MultitaskSampler:
         for task in EMBEDDED:
             if any(row and row.task == task for row in rows):
                 pieces += self._foresee(task, rows, hidden)
-        for piece in pieces:
-            if piece.done:
-                self.drop(piece.slot)
-        return pieces
+        return [self._ended(piece) if piece.done else piece for piece in pieces]
+
+    def _ended(self, piece: Piece) -> Piece:
+        """Its slot is free, or goes on with the clip whose sound is there."""
+        row = self.busy.pop(piece.slot)
+        if row.clip is None:
+            return piece
+        self._begin(piece.slot, "video", *row.clip, row.seed, False)
+        return replace(piece, done=False)
 
     def _write(self, rows: Sequence[Slot | None], hidden: Tensor) -> list[Piece]:
         written = [row if row and row.task in WRITTEN else None for row in rows]
@@ -157,7 +189,7 @@ class MultitaskSampler:
             if row is None or row.task != task:
                 continue
             vector = drawn[row.how.num_steps][slot]
-            ends = not self.is_sequence
+            ends = self.vector_s is None
             if head.into is not None:
                 ends = bool(head.end(hidden)[slot, 0] > 0)
                 row.x = head.into(vector)
@@ -166,7 +198,8 @@ class MultitaskSampler:
                 frames = self.frames(row.how.seconds)
                 decoded = decoded[:frames] if len(decoded) > 1 else decoded.repeat(frames, 0)
             plain = self.model.unscale(task, vector).float().cpu().numpy()
-            pieces.append(Piece(slot, Foreseen(task, plain, decoded, row.as_json), self._advance(row) or ends))
+            made = Foreseen(task, plain, decoded, row.as_json, row.clip is not None)
+            pieces.append(Piece(slot, made, self._advance(row) or ends))
         return pieces
 
     def _advance(self, row: Slot) -> bool:
@@ -210,7 +243,7 @@ class MediaRenderer:
 
 @dataclass
 class MediaRender:
-    """One request's: samples ``[1, n]``, frames ``[n, 64, 64, 3]`` or text; a character once its last byte is there."""
+    """One request's: samples ``[1, n]``, clips of 64 x 64 or text; a character once its last byte is there."""
 
     renderer: MediaRenderer
     ids: list[int] = field(default_factory=list)
@@ -218,8 +251,10 @@ class MediaRender:
     decoder: Any = None
     task: str = ""
     vectors: list[list[float]] = field(default_factory=list)
+    track: list[np.ndarray] = field(default_factory=list)
+    """The sound of a clip that is to come, or what is left of it."""
 
-    def push(self, data: list[int] | Foreseen) -> str | np.ndarray:
+    def push(self, data: list[int] | Foreseen) -> str | np.ndarray | Video | None:
         if not isinstance(data, Foreseen):
             self.ids += data
             text = self.renderer.tokens.decode(self.ids)
@@ -232,10 +267,25 @@ class MediaRender:
             self.vectors.append([round(float(number), 6) for number in data.vector])
             return ""
         if data.task == "video":
-            return np.concatenate([clip_dct.decode_clip(numbers) for numbers in data.decoded])
+            frames = np.concatenate([clip_dct.decode_clip(numbers) for numbers in data.decoded])
+            return Video(frames, self.renderer.frame_rate_hz, self._sound_of(len(frames)))
         assert self.renderer.codec is not None
         self.decoder = self.decoder or self.renderer.codec.decoder()
-        return self.decoder.push(np.ascontiguousarray(data.decoded, np.float32))[None]
+        samples = self.decoder.push(np.ascontiguousarray(data.decoded, np.float32))
+        if not data.is_track:
+            return samples[None]
+        self.track.append(samples)
+        return None
+
+    def _sound_of(self, num_frames: int) -> Audio | None:
+        """Of the next pictures, silence behind its end; None where none was asked for."""
+        if not self.track:
+            return None
+        if self.decoder is not None:
+            self.track, self.decoder = [np.concatenate([*self.track, self.decoder.finish()])], None
+        [rest], number = self.track, round(num_frames / self.renderer.frame_rate_hz * self.renderer.sample_rate_hz)
+        self.track = [rest[number:]]
+        return Audio(np.pad(rest[:number], (0, max(0, number - len(rest))))[None], self.renderer.sample_rate_hz)
 
     def finish(self) -> str | np.ndarray | None:
         if self.vectors:

@@ -5,13 +5,14 @@ Every file is opened as hostile. Its kind is told from its first bytes, never fr
 promised. Whatever is wrong with a file comes out as one sentence in a DataError.
 """
 
-from avray.media.clips import read_video, rescaled
+from avray.media.clips import joined, read_video, rescaled
 from avray.media.identity import content_hash
 from avray.media.reading import probe, probe_video, read_audio, stream_audio
 from avray.media.types import Audio, AudioInfo, Limits, Video, VideoInfo, is_url, resampled_length
-from avray.media.writing import write_audio, write_video
+from avray.media.writing import Fragments, write_audio, write_video
 
 __all__ = [
-    "Audio", "AudioInfo", "Limits", "Video", "VideoInfo", "content_hash", "is_url", "probe", "probe_video",
-    "read_audio", "read_video", "resampled_length", "rescaled", "stream_audio", "write_audio", "write_video",
+    "Audio", "AudioInfo", "Fragments", "Limits", "Video", "VideoInfo", "content_hash", "is_url", "joined", "probe",
+    "probe_video", "read_audio", "read_video", "resampled_length", "rescaled", "stream_audio", "write_audio",
+    "write_video",
 ]

@@ -6,13 +6,15 @@ stream may change it behind its header.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import av
 import numpy as np
 
 from avray.errors import DataError
 from avray.media import container
 from avray.media.opening import kind_of, opened
-from avray.media.types import Limits, Video
+from avray.media.types import Audio, Limits, Video
 
 
 def read_video(path: str, start_s: float = 0.0, duration_s: float | None = None, frame_rate_hz: float | None = None,
@@ -55,6 +57,14 @@ def read_video(path: str, start_s: float = 0.0, duration_s: float | None = None,
         raise DataError(f"{path} has no pictures from {start_s:g} s on.")
     frames += [before] * (number - len(frames))
     return Video(np.stack(frames), rate)
+
+
+def joined(pieces: Sequence[Video]) -> Video:
+    """Pieces of a clip, one after another, with their sound where they have it."""
+    sounds = [piece.audio for piece in pieces if piece.audio is not None]
+    assert len(sounds) in (0, len(pieces)), "every piece of a clip has sound, or none has"
+    audio = Audio(np.concatenate([sound.samples for sound in sounds], 1), sounds[0].sample_rate_hz) if sounds else None
+    return Video(np.concatenate([piece.frames for piece in pieces]), pieces[0].frame_rate_hz, audio)
 
 
 def rescaled(video: Video, frame_rate_hz: float, size: int) -> Video:

@@ -55,30 +55,109 @@ def write_video(path: str | os.PathLike[str], video: Video, note: str | None = N
 
     ValueError for no frames, an odd width or height (4:2:0 colour halves both), or sound that AAC cannot carry.
     """
+    check_clip(path, video)
+    with av.open(os.fspath(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        # One thread and no B-frames: the bytes are then the same every time (x264's look-ahead differed in 17 of 36
+        # clips over 24 tries with them), and the clips written here are short.
+        tracks = _Tracks(container, video, note, {"threads": "1", "x264-params": "bframes=0"})
+        tracks.add(video)
+        tracks.close()
+
+
+class Fragments:
+    """The same as a fragmented MP4, whose bytes come as its pictures do and are played as they come, a fragment for
+    every tenth of a second. Its length, which nobody knows yet, is not in its head."""
+
+    def __init__(self, note: str | None = None) -> None:
+        self.note, self.pipe = note, Pipe()
+        self.container: Any = None
+        self.tracks: _Tracks | None = None
+
+    def push(self, video: Video) -> bytes:
+        """What is final now: all but the last third of a second, which comes with the next piece. Every piece
+        begins with a key frame, and has sound if the first has. ValueError as ``write_video`` raises it."""
+        if self.tracks is None:
+            check_clip("An MP4", video)
+            # delay_moov: what AAC puts in front of the sound is known only once it was encoded.
+            flags = {"movflags": "delay_moov+default_base_moof", "frag_duration": "100000", "flush_packets": "1"}
+            # FFmpeg goes back in its buffer to put a box's size in front of it: the first has to fit.
+            self.container = av.open(self.pipe, "w", format="mp4", options=flags, buffer_size=1 << 16)
+            # zerolatency: x264 holds no pictures back to look ahead.
+            options = {"threads": "1", "tune": "zerolatency", "x264-params": "bframes=0"}
+            self.tracks = _Tracks(self.container, video, self.note, options)
+        self.tracks.add(video)
+        return self.pipe.take()
+
+    def finish(self) -> bytes:
+        if self.tracks is not None:
+            self.tracks.close()
+            self.container.close()
+        return self.pipe.take()
+
+
+class Pipe(io.RawIOBase):
+    """What FFmpeg writes to when nobody can seek back."""
+
+    def __init__(self) -> None:
+        self.written = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.written += data
+        return len(data)
+
+    def take(self) -> bytes:
+        taken, self.written = bytes(self.written), bytearray()
+        return taken
+
+
+def check_clip(path: object, video: Video) -> None:
+    """ValueError for what no MP4 holds."""
     num_frames, height, width, _ = video.frames.shape
     if not num_frames or height % 2 or width % 2:
         raise ValueError(f"{path} needs at least one frame and an even width and height, not {num_frames} frames of "
                          f"{width} x {height}; pad or crop the frames.")
-    with av.open(os.fspath(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+
+
+class _Tracks:
+    """The pictures of an open MP4, and its sound where the first piece has some."""
+
+    def __init__(self, container: Any, first: Video, note: str | None, options: dict[str, str]) -> None:
+        self.container = container
         if note is not None:
             container.metadata["comment"] = note
-        rate = Fraction(video.frame_rate_hz).limit_denominator(1001)
-        # One thread and no B-frames: the bytes are then the same every time (x264's look-ahead differed in 17 of 36
-        # clips over 24 tries with them), and the clips written here are short.
-        pictures = container.add_stream("libx264", rate=rate, options={"threads": "1", "x264-params": "bframes=0"})
-        pictures.width, pictures.height, pictures.pix_fmt = width, height, "yuv420p"
-        sound = _add_sound(container, video.audio) if video.audio else None
-        for frame in video.frames:
-            container.mux(pictures.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(pictures.encode())
-        if video.audio and sound:
+        rate = Fraction(first.frame_rate_hz).limit_denominator(1001)
+        self.pictures = container.add_stream("libx264", rate=rate, options=options)
+        _, self.pictures.height, self.pictures.width, _ = first.frames.shape
+        self.pictures.pix_fmt, self.time_base, self.num_frames, self.num_samples = "yuv420p", 1 / rate, 0, 0
+        self.sound = _add_sound(container, first.audio) if first.audio else None
+
+    def add(self, video: Video) -> None:
+        for index, pixels in enumerate(video.frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = self.num_frames, self.time_base
+            if index == 0:
+                frame.pict_type = av.video.frame.PictureType.I
+            self.container.mux(self.pictures.encode(frame))
+            self.num_frames += 1
+        if self.sound:
+            assert video.audio is not None, "every piece of a clip has sound, or none has"
             samples = np.clip(np.ascontiguousarray(video.audio.samples, dtype=np.float32), -1.0, 1.0)
-            whole = av.AudioFrame.from_ndarray(samples, format="fltp", layout=sound.layout.name)
-            whole.sample_rate, whole.time_base = video.audio.sample_rate_hz, Fraction(1, video.audio.sample_rate_hz)
+            if not samples.size:
+                return
+            piece = av.AudioFrame.from_ndarray(samples, format="fltp", layout=self.sound.layout.name)
+            piece.sample_rate, piece.time_base = video.audio.sample_rate_hz, Fraction(1, video.audio.sample_rate_hz)
             # Without a pts the encoder's 1,024 samples of priming are left in and the sound comes out late.
-            whole.pts = 0
-            container.mux(sound.encode(whole))
-            container.mux(sound.encode())
+            piece.pts = self.num_samples
+            self.num_samples += samples.shape[1]
+            self.container.mux(self.sound.encode(piece))
+
+    def close(self) -> None:
+        self.container.mux(self.pictures.encode())
+        if self.sound:
+            self.container.mux(self.sound.encode())
 
 
 def _add_sound(container: Any, audio: Audio) -> Any:

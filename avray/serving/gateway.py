@@ -163,6 +163,8 @@ class Gateway:
         @app.post(VIDEOS, openapi_extra=either(Video))
         async def videos(request: Request) -> dict[str, Any]:
             body = await self._either(request, Video)
+            if body.stream:
+                raise ApiError(400, "A job's clip comes whole: /v1/videos/sync streams.", "stream")
             return video_object(await self._submit(self._work(body, VIDEOS, None), body, VIDEOS, request))
 
         @app.post(VIDEOS_SYNC, responses=CLIP, openapi_extra=either(Video))

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from avray.serving.directory import Directory, Entry
 from avray.serving.messages import Ask, Card, Part, Refusal
 from avray.serving.metrics import Metrics
 from avray.serving.refusals import ApiError
-from avray.serving.sound import MEDIA_TYPES, Encoder, mp4, open_encoder
+from avray.serving.sound import MEDIA_TYPES, Encoder, FragmentedClip, mp4, open_encoder
 
 ATTEMPTS = 3
 """How often a request is asked of a replica, as long as nothing of it has gone out."""
@@ -69,18 +69,18 @@ class Generation:
         """A model's Parts; closing the generator stops the model within a step. ApiError for a refusal, a deadline
         that passed, a replica that died after its first Part."""
         tags, begun, first = {"model": work.card.name}, time.monotonic(), True
-        num_samples = 0
+        made_s = 0.0
         with self.directory.admitted(work.entry, work.card) if admit else nullcontext():
             async for part in self._attempts(work):
                 if first:
                     self.metrics.first.observe(time.monotonic() - begun, tags=tags)
                     first = False
-                num_samples += len(part.data) // (2 * part.channels) if part.channels else 0
+                made_s += part.seconds
                 yield part
         seconds = time.monotonic() - begun
         self.metrics.whole.observe(seconds, tags=tags)
-        if num_samples and work.card.sample_rate_hz:
-            self.metrics.real_time.observe(seconds * work.card.sample_rate_hz / num_samples, tags=tags)
+        if made_s:
+            self.metrics.real_time.observe(seconds / made_s, tags=tags)
 
     async def _attempts(self, work: Work) -> AsyncIterator[Part]:
         for attempt in range(1, ATTEMPTS + 1):
@@ -109,20 +109,16 @@ class Generation:
 
     async def whole(self, work: Work) -> tuple[bytes, Part]:
         """The file's bytes, and the last Part, which says rate and channels."""
-        samples, last = [], None
+        held = []
         parts = self.parts(work)
         try:
             async for part in parts:
-                samples.append(part.data)
-                last = part
+                held.append(part)
         finally:
             await parts.aclose()  # type: ignore[attr-defined]
-        assert last is not None
-        joined = samples[0] if len(samples) == 1 else b"".join(samples)  # type: ignore[arg-type]
-        assert isinstance(joined, bytes)
-        if len(joined) < _LARGE_BYTES and work.format in ("wav", "pcm"):
-            return encoded(work, last, joined), last
-        return await asyncio.to_thread(encoded, work, last, joined), last
+        if sum(len(part.data) for part in held) < _LARGE_BYTES and work.format in ("wav", "pcm"):
+            return encoded(work, held), held[-1]
+        return await asyncio.to_thread(encoded, work, held), held[-1]
 
     async def text(self, work: Work) -> tuple[str, Part]:
         """What a model of text says, and the last Part."""
@@ -137,11 +133,14 @@ class Generation:
 
     async def stream(self, work: Work, parts: AsyncIterator[Part], first: Part) -> AsyncIterator[bytes]:
         """The file's bytes as the Parts come; never empty ones."""
-        encoder = work.open(first)
+        encoder = FragmentedClip(work.note(first)) if work.format == "mp4" else work.open(first)
         part = first
         while True:
             assert isinstance(part.data, bytes)
-            made = encoder.push(part.data)
+            if isinstance(encoder, FragmentedClip):
+                made = await asyncio.to_thread(encoder.push, part)
+            else:
+                made = encoder.push(part.data)
             if part.done:
                 made += encoder.finish()
             if made:
@@ -151,11 +150,14 @@ class Generation:
             part = await anext(parts)
 
 
-def encoded(work: Work, part: Part, samples: bytes) -> bytes:
-    """A whole file from a request's last Part and all it made."""
+def encoded(work: Work, parts: Sequence[Part]) -> bytes:
+    """A whole file from all Parts of a request."""
+    last = parts[-1]
     if work.format == "mp4":
-        return mp4(samples, part.size, part.frame_rate_hz, work.note(part))
-    encoder = work.open(part, is_whole=True)
+        return mp4(parts, work.note(last))
+    encoder = work.open(last, is_whole=True)
+    samples = last.data if len(parts) == 1 else b"".join(part.data for part in parts)  # type: ignore[misc]
+    assert isinstance(samples, bytes)
     return encoder.push(samples) + encoder.finish()
 
 

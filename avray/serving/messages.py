@@ -25,12 +25,14 @@ class Ask:
     stream: bool = False
     """False: all of it in one Part."""
     embeds: bool = False
+    sound: bool = False
+    """Of a clip: with that of the same prompt."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is final now: interleaved 16-bit samples, little-endian, or text; or all frames ``[time, *size, 3]`` uint8,
-    where ``frame_rate_hz`` is above 0."""
+    """What is final now: interleaved 16-bit samples, little-endian, or text; or frames ``[time, *size, 3]`` uint8,
+    where ``frame_rate_hz`` is above 0, whose ``sound`` is such samples."""
 
     data: bytes | str
     done: bool
@@ -43,6 +45,14 @@ class Part:
     frame_rate_hz: float = 0.0
     size: tuple[int, int] = (0, 0)
     """Height and width."""
+    sound: bytes = b""
+
+    @property
+    def seconds(self) -> float:
+        """Of sound or pictures; 0 of text."""
+        if self.frame_rate_hz:
+            return len(self.data) / (3 * self.size[0] * self.size[1]) / self.frame_rate_hz
+        return len(self.data) / (2 * self.channels * self.sample_rate_hz) if self.channels else 0.0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from avray.devices import device_of
 from avray.engine import Engine, Generator, Output
 from avray.errors import DataError
 from avray.family import Options, Request
-from avray.media import Audio, Limits, Video, read_audio, read_video
+from avray.media import Audio, Limits, Video, joined, read_audio, read_video
 from avray.serving.engine_thread import EngineThread, Stream
 from avray.serving.messages import Ask, Card, Part, Refusal, Takes
 from avray.serving.metrics import ReplicaMetrics
@@ -106,8 +106,9 @@ class Model:
         options = Options(**ask.options)  # type: ignore[arg-type]
         audio = None if ask.audio is None else decoded(ask.audio, self.settings.limits, read_audio)
         video = None if ask.video is None else decoded(ask.video, self.settings.limits, read_video)
+        fields = {name: True for name, asked in (("embedding", ask.embeds), ("sound", ask.sound)) if asked}
         return Request(text=ask.text, audio=audio, video=video, task=ask.task, options=options, seed=ask.seed,
-                       fields={"embedding": True} if ask.embeds else {})
+                       fields=fields)
 
     async def _parts(self, stream: Stream, in_parts: bool) -> AsyncIterator[Part | Refusal]:
         held: list[Any] = []
@@ -116,22 +117,23 @@ class Model:
             last: Output = outputs[-1]
             made = [output.media for output in outputs if output.media is not None]
             held = held + made
-            num_held += sum(len(media) if isinstance(media, str) else len(media.T) for media in made)
+            num_held += sum(map(_length, made))
             if last.error is not None:
                 yield refusal(last.error)
                 return
-            least = 1 if held and isinstance(held[0], str) else PART_S * self.engine.renderer.sample_rate_hz
+            least = 1 if held and isinstance(held[0], str | Video) else PART_S * self.engine.renderer.sample_rate_hz
             enough = num_held > 0 and (first or num_held >= least)
-            if last.done or (in_parts and enough and not is_clip(held)):
+            if last.done or (in_parts and enough):
                 yield self._part(held, last.done, stream.request.audio)
                 held, num_held, first = [], 0, False
 
     def _part(self, held: list[Any], done: bool, heard: Audio | None) -> Part:
         rate = self.engine.renderer.sample_rate_hz
-        if is_clip(held):
-            frames = np.concatenate(held)
-            return Part(frames.tobytes(), done, checkpoint=self._card.checkpoint, size=frames.shape[1:3],
-                        frame_rate_hz=self.engine.renderer.frame_rate_hz)  # type: ignore[attr-defined]
+        if held and isinstance(held[0], Video):
+            clip = joined(held)
+            sound, channels = (samples16(clip.audio.samples), len(clip.audio.samples)) if clip.audio else (b"", 0)
+            return Part(clip.frames.tobytes(), done, rate, channels, self._card.checkpoint, size=clip.frames.shape[1:3],
+                        frame_rate_hz=clip.frame_rate_hz, sound=sound)
         if (isinstance(held[0], str) if held else self.engine.renderer.modality == "text"):
             return Part("".join(held), done, checkpoint=self._card.checkpoint, heard_s=heard.seconds if heard else 0.0)
         channels = held[0].shape[0] if held else 1
@@ -145,9 +147,8 @@ def samples16(samples: np.ndarray) -> bytes:
     return np.clip(wide, -32768, 32767).astype("<i2").tobytes()
 
 
-def is_clip(held: list[Any]) -> bool:
-    """Whether frames were made, which go out together: an MP4 is written whole."""
-    return bool(held) and isinstance(held[0], np.ndarray) and held[0].ndim == 4
+def _length(media: Any) -> int:
+    return len(media.frames if isinstance(media, Video) else media if isinstance(media, str) else media.T)
 
 
 def decoded(data: bytes, limits: LimitSettings, read: Callable[..., Media]) -> Media:
@@ -169,7 +170,8 @@ def refusal(error: Exception) -> Refusal:
     if not isinstance(error, (ValueError, DataError)):
         return Refusal(500, "The model failed on this request.")
     message = str(error)
-    names = {field.name for field in fields(Options)} | {"text", "prompt", "audio", "video", "task", "file"}
+    names = {field.name for field in fields(Options)} | {"text", "prompt", "audio", "video", "task", "file",
+                                                            "sound"}
     named = next((word for word in re.findall(r"\w+", message) if word in names), None)
     fields_of = {"text": "input", "prompt": "input", "audio": "file", "num_steps": "steps"}
     return Refusal(400, message, fields_of.get(named or "", named))

@@ -98,12 +98,12 @@ class Transcription(Completion):
 
 
 class Video(Sound):
-    """``/v1/videos`` and ``/v1/videos/sync``: a clip, whole."""
+    """``/v1/videos`` and ``/v1/videos/sync``: a clip, whole, or with ``stream`` as an MP4 in fragments."""
 
     response_format: Literal["mp4"] = "mp4"  # type: ignore[assignment]
     size: Annotated[str | None, Field(max_length=20, description="width x height, as 64x64: the model's own.")] = None
+    sound: Annotated[bool, Field(description="That of the same prompt under the clip.")] = False
     sample_rate: None = None  # type: ignore[assignment]
-    stream: Literal[False] | None = None  # type: ignore[assignment]
     stream_format: None = None  # type: ignore[assignment]
 
 
@@ -166,10 +166,11 @@ def _check_speech(body: Speech, card: Card) -> None:
 def ask(body: Sound, seed: int, audio: bytes | None = None) -> Ask:
     options = {option: getattr(body, field) for field, option in OPTIONS.items() if getattr(body, field) is not None}
     assert all(math.isfinite(value) for value in options.values())
-    return Ask(body.input or None, audio, task=body.task, options=options, seed=seed, stream=body.streams)
+    return Ask(body.input or None, audio, task=body.task, options=options, seed=seed, stream=body.streams,
+               sound=isinstance(body, Video) and body.sound)
 
 
 def described(body: Sound) -> dict[str, Any]:
     """The settings to make it again with, without the prompt."""
-    return {field: getattr(body, field) for field in (*OPTIONS, "task", "response_format", "sample_rate")
-            if getattr(body, field) is not None}
+    return {field: getattr(body, field) for field in (*OPTIONS, "task", "response_format", "sample_rate", "sound")
+            if getattr(body, field, None) is not None}

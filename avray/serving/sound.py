@@ -1,4 +1,4 @@
-"""16-bit samples to the bytes of a file, whole or as they come; frames to those of an MP4, whole.
+"""16-bit samples to the bytes of a file, and frames to those of an MP4, whole or as they come.
 
 WAV and PCM are written here; FLAC, MP3 and Opus by FFmpeg, frame by frame. A streamed WAV says 0xFFFFFFFF where its
 length stands, as OpenAI's does and as every player reads it; a whole one says the truth.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,7 +18,9 @@ import av
 import numpy as np
 import soxr
 
-from avray.media import Video, write_video
+from avray.media import Audio, Fragments, Video, joined, write_video
+from avray.media.writing import Pipe
+from avray.serving.messages import Part
 
 Format = Literal["wav", "flac", "mp3", "opus", "pcm"]
 MEDIA_TYPES: Mapping[str, str] = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "opus": "audio/ogg",
@@ -60,12 +62,35 @@ def open_encoder(format: str, model_hz: int, rate_hz: int, channels: int, note: 
     return encoder if rate_hz == model_hz else _Resampled(encoder, model_hz, rate_hz, channels)
 
 
-def mp4(frames: bytes, size: tuple[int, int], frame_rate_hz: float, note: str | None) -> bytes:
-    """``[time, *size, 3]`` uint8 -> H.264. Through a file, whose index FFmpeg moves to the front at the end."""
-    clip = Video(np.frombuffer(frames, np.uint8).reshape(-1, *size, 3), frame_rate_hz)
+def clip_of(part: Part) -> Video:
+    """Its pictures, and their sound where there is any."""
+    assert isinstance(part.data, bytes)
+    audio = None
+    if part.sound:
+        samples = np.frombuffer(part.sound, "<i2").reshape(-1, part.channels).T
+        audio = Audio(samples.astype(np.float32) / 2**15, part.sample_rate_hz)
+    return Video(np.frombuffer(part.data, np.uint8).reshape(-1, *part.size, 3), part.frame_rate_hz, audio)
+
+
+def mp4(parts: Sequence[Part], note: str | None) -> bytes:
+    """A whole one. Through a file, whose index FFmpeg moves to the front at the end."""
+    clip = joined([clip_of(part) for part in parts])
     with tempfile.NamedTemporaryFile(prefix="avray-", suffix=".mp4") as file:
         write_video(file.name, clip, note)
         return Path(file.name).read_bytes()
+
+
+class FragmentedClip:
+    """An MP4 as it is made."""
+
+    def __init__(self, note: str | None) -> None:
+        self.fragments = Fragments(note)
+
+    def push(self, part: Part) -> bytes:
+        return self.fragments.push(clip_of(part))
+
+    def finish(self) -> bytes:
+        return self.fragments.finish()
 
 
 class _Plain:
@@ -114,30 +139,12 @@ def _riff(name: bytes, data: bytes) -> bytes:
     return struct.pack("<4sI", name, len(data)) + data + b"\0" * (len(data) % 2)
 
 
-class _Pipe(io.RawIOBase):
-    """What FFmpeg writes to when nobody can seek back."""
-
-    def __init__(self) -> None:
-        self.written = bytearray()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.written += data
-        return len(data)
-
-    def take(self) -> bytes:
-        taken, self.written = bytes(self.written), bytearray()
-        return taken
-
-
 class _Muxed:
     """FLAC, MP3 and Opus in Ogg."""
 
     def __init__(self, format: str, rate_hz: int, channels: int, note: str | None, is_whole: bool) -> None:
         codec, container, bit_rate = _CODECS[format]
-        self.pipe = io.BytesIO() if is_whole else _Pipe()
+        self.pipe = io.BytesIO() if is_whole else Pipe()
         options = {"flush_packets": "1"} | {"ogg": {"page_duration": "100000"}}.get(container, {})
         if format == "mp3" and not is_whole:
             options["write_xing"] = "0"  # a header of lengths, which nobody knows yet
@@ -157,12 +164,12 @@ class _Muxed:
             frame.time_base = Fraction(1, self.rate_hz)
             self.position += frame.samples
             self.container.mux(self.stream.encode(frame))
-        return self.pipe.take() if isinstance(self.pipe, _Pipe) else b""
+        return self.pipe.take() if isinstance(self.pipe, Pipe) else b""
 
     def finish(self) -> bytes:
         self.container.mux(self.stream.encode(None))
         self.container.close()
-        return self.pipe.take() if isinstance(self.pipe, _Pipe) else self.pipe.getvalue()
+        return self.pipe.take() if isinstance(self.pipe, Pipe) else self.pipe.getvalue()
 
 
 class _Resampled:

@@ -128,20 +128,19 @@ class Worker:
         assert self.store is not None
         source = self.store.path(job.id, INPUT)
         work = self.plan(job, await asyncio.to_thread(source.read_bytes) if source.exists() else None)
-        parts, samples = self.generation.parts(work, admit=False), []
-        made = Progress(max(1.0, work.seconds * work.card.sample_rate_hz))
+        parts, held = self.generation.parts(work, admit=False), []
+        made = Progress(work.seconds)
         beating = asyncio.create_task(self._beat(job, made, asyncio.current_task()))
         try:
             async for part in parts:
-                samples.append(part.data)
-                last = part
-                made.done += len(part.data) / max(1, 2 * part.channels)
+                held.append(part)
+                made.done += part.seconds
         finally:
             beating.cancel()
             await parts.aclose()  # type: ignore[attr-defined]
-        data = await asyncio.to_thread(encoded, work, last, b"".join(samples))  # type: ignore[arg-type]
+        data = await asyncio.to_thread(encoded, work, held)
         await asyncio.to_thread(self._write, job, data)
-        headers = {**work.headers, "x-avray-checkpoint": last.checkpoint, "content-type": work.media_type}
+        headers = {**work.headers, "x-avray-checkpoint": held[-1].checkpoint, "content-type": work.media_type}
         await self.call("finish", job, "succeeded", {"headers": headers, "completed": int(time.time())})
 
     async def _beat(self, job: Job, made: Progress, work: asyncio.Task[None] | None) -> None:

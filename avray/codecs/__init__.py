@@ -9,8 +9,9 @@ from typing import Any
 from avray.codecs.base import CodecConfig
 from avray.codecs.pretrained import KINDS, Pretrained
 from avray.codecs.spectral import Spectral
+from avray.codecs.vocoder import Vocoder
 
-CODEC_NAMES = ("spectral", *KINDS)
+CODEC_NAMES = ("spectral", "vocoder", *KINDS)
 
 
 def codec_from_settings(settings: Mapping[str, Any]) -> CodecConfig:
@@ -18,7 +19,7 @@ def codec_from_settings(settings: Mapping[str, Any]) -> CodecConfig:
     name = settings.get("name")
     if name not in CODEC_NAMES:
         raise ValueError(f"codec.name = {name}: it is one of {', '.join(CODEC_NAMES)}.")
-    kind = Spectral if name == "spectral" else Pretrained
+    kind = {"spectral": Spectral, "vocoder": Vocoder}.get(name, Pretrained)
     given = {key: value for key, value in settings.items() if key != "name" or kind is Pretrained}
     allowed = [field.name for field in fields(kind) if field.init]
     for key in given:

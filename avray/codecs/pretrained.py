@@ -119,7 +119,7 @@ class Pretrained:
         elif kind.model_type == "speechtokenizer":
             model = read_speechtokenizer(weights)
         else:
-            model = _open(weights, kind.model_type)
+            model = open_network(weights, kind.model_type)
         self._check_rate(model.config, weights)
         num_codebooks = self._codebooks(model.config)
         fold_weight_norm(model)
@@ -156,12 +156,15 @@ def fold_weight_norm(model: nn.Module) -> None:
             parametrize.remove_parametrizations(module, "weight")
 
 
-def _open(folder: Path, model_type: str) -> nn.Module:
+def open_network(folder: Path, model_type: str) -> nn.Module:
+    """A network of transformers with every weight in place. MissingDependency, ValueError or CheckpointError, saying
+    what is wrong with the folder."""
     import transformers
     from safetensors import SafetensorError
 
     models = {"encodec": transformers.EncodecModel, "mimi": transformers.MimiModel, "dac": transformers.DacModel,
-              "xcodec": transformers.XcodecModel}
+              "xcodec": transformers.XcodecModel, "speecht5_hifigan": transformers.SpeechT5HifiGan,
+              "fastspeech2_conformer_hifigan": transformers.FastSpeech2ConformerHifiGan}
     settings = folder / "config.json"
     if not settings.is_file() or not list(folder.glob("*.safetensors")):
         raise MissingDependency(f"codec.path = {folder}: it takes a config.json and *.safetensors (pickled weights are "

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from avray.checkpoint import Checkpoint
+from avray.codecs.together import ToDecode, decode
 from avray.errors import DataError
 from avray.family import Column, Family, Fitted, Media, Modality, Network, Options, Render, Request, Row, role_columns
 from avray.media import Audio, Video, joined, read_audio, resampled_length, rescaled
@@ -118,13 +119,14 @@ class Engine:
                 self._admit(ticket, request)
             except (ValueError, DataError) as error:
                 outputs.append(Output(ticket, None, True, error))
-        for piece in self.sampler.step() if self.running else []:
-            running = self.running[piece.slot]
-            media = None if piece.data is None else running.render.push(piece.data)
+        pieces = self.sampler.step() if self.running else []
+        made = [self.running[piece.slot].render.push(piece.data, piece.done) for piece in pieces]
+        sound = iter(decode([one for one in made if isinstance(one, ToDecode)]))
+        for piece, media in zip(pieces, made, strict=True):
+            media = next(sound)[None] if isinstance(media, ToDecode) else media
+            outputs.append(Output(self.running[piece.slot].ticket, media, piece.done))
             if piece.done:
-                media = _joined([media, running.render.finish()])
                 self._release(piece.slot)
-            outputs.append(Output(running.ticket, media, piece.done))
         return outputs
 
     def _admit(self, ticket: int, request: Request) -> None:

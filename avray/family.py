@@ -250,11 +250,10 @@ class Sampler(Protocol):
 class Render(Protocol):
     """Turns one request's pieces into media as they come."""
 
-    def push(self, data: Any) -> Any:
-        """Media that is final now: float32 ``[channels, samples]``, a Video of the next frames, text, or None."""
-
-    def finish(self) -> Any:
-        """The rest."""
+    def push(self, data: Any, last: bool) -> Any:
+        """Media that is final now: float32 ``[channels, samples]``, a Video of the next frames, text, or None; or, for
+        sound that a codec has to make, ``codecs.together.ToDecode``, which the engine does for all requests at once.
+        ``data`` is a piece's, and ``last`` whether it was the last one."""
 
 
 class Renderer(Protocol):

@@ -78,7 +78,7 @@ def write_texts(family, model, fitted, requests, slots=2):
                     texts[index] = ""
             for piece in sampler.step():
                 index, render = running[piece.slot]
-                texts[index] += render.push(piece.data)
+                texts[index] += render.push(piece.data, piece.done)
                 if piece.done:
                     del running[piece.slot]
     return [texts[index] for index in range(len(requests))]
@@ -269,7 +269,7 @@ def test_what_two_windows_heard_is_written_once(before, text, whole):
 def test_letters_come_out_whole():
     render = TextRenderer(Bytes()).open()
     ids = Bytes().encode("é!")
-    assert [render.push(Written([i], ends=i == ids[-1])) for i in ids] == ["", "é", "!"]
+    assert [render.push(Written([i], ends=i == ids[-1]), i == ids[-1]) for i in ids] == ["", "é", "!"]
 
 
 def test_tokens(bases):

@@ -11,6 +11,7 @@ import torch
 
 from avray import cli
 from avray.codecs.spectral import Spectral
+from avray.codecs.together import decode
 from avray.engine import Engine, Generator
 from avray.families.codec_lm import CodecLM, codec_state, without_text
 from avray.family import Family, Fitted, Options, Request
@@ -434,11 +435,11 @@ def test_renders_what_it_drew():
     renderer = family.renderer(fitted, "cpu")
     codes = walk(7).astype(np.int64)
     whole, pieces = renderer.open(), renderer.open()
-    one = np.concatenate([whole.push(codes), whole.finish()], axis=1)
-    parts = [pieces.push(codes[i : i + 1]) for i in range(7)]
-    many = np.concatenate([*parts, pieces.push(codes[:0]), pieces.finish()], axis=1)
+    one = decode([whole.push(codes, True)])[0]
+    parts = [decode([pieces.push(codes[i : i + 1], False)])[0] for i in range(7)]
+    many = np.concatenate([*parts, decode([pieces.push(codes[:0], True)])[0]])
     assert renderer.modality == "audio" and renderer.sample_rate_hz == 1000
-    assert one.shape == (1, 7 * HOP) and one.dtype == np.float32
+    assert one.shape == (7 * HOP,) and one.dtype == np.float32
     assert np.array_equal(one, many)
 
 

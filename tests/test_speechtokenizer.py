@@ -13,6 +13,7 @@ import torch
 from avray.codecs.base import Codes, decode_all
 from avray.codecs.pretrained import Pretrained
 from avray.errors import CheckpointError, MissingDependency
+from tests.decoding import in_pieces
 
 CONFIG = {"sample_rate": 16_000, "strides": [8, 5, 4, 2], "n_q": 3, "dimension": 8, "codebook_size": 16}
 MODEL = '''
@@ -75,10 +76,6 @@ def noise(seconds: float) -> np.ndarray:
     return np.random.default_rng(0).normal(0, 0.2, round(16_000 * seconds)).astype(np.float32)
 
 
-def in_pieces(stream, whole: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([*(stream.push(whole[i : i + size]) for i in range(0, len(whole), size)), stream.finish()])
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_codes_and_sound(folder):
     codec = Pretrained("speechtokenizer", path=str(folder)).load()
@@ -86,14 +83,14 @@ def test_codes_and_sound(folder):
     samples = noise(50.007)
     latents = codec.encode_batch([samples])[0]
     assert latents.shape == (2501, 8)
-    np.testing.assert_allclose(in_pieces(codec.stream(), samples, 33_333), latents, atol=1e-6)
+    np.testing.assert_allclose(in_pieces(codec.stream(), samples, [33_333]), latents, atol=1e-6)
     with torch.no_grad():
         whole = codec.model.encoder(torch.from_numpy(np.pad(samples, (0, 2501 * 320 - len(samples))))[None, None])[0].T
     codes, expected = (codec.to_codes(torch.from_numpy(np.array(x.T))[None])[0] for x in (latents, whole))
     assert (codes == expected).float().mean() >= 0.999 and len(codes.unique()) > 8
     sound = decode_all(codec, latents)
     assert sound.shape == (2501 * 320,)
-    np.testing.assert_array_equal(in_pieces(codec.decoder(), latents, 77), sound)
+    np.testing.assert_array_equal(in_pieces(codec.decoder(), latents, [77]), sound)
 
 
 @pytest.mark.filterwarnings("ignore")

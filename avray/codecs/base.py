@@ -44,7 +44,8 @@ class Codec(Protocol):
 
     def decoder(self) -> FrameStream:
         """Latents ``[t, width]`` in, samples ``[n]`` out. The only way a codec decodes, so that a stream and a file
-        are the same samples. ``finish`` completes it: t frames give t * hop samples in all."""
+        are the same samples. ``finish`` completes it: t frames give t * hop samples in all. Those that are
+        ``together.Decoder`` run together."""
 
     def to_codes(self, latents: Tensor, num_codebooks: int | None = None) -> Tensor:
         """ValueError naming both numbers when more codebooks are asked for than there are."""

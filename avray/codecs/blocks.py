@@ -53,38 +53,53 @@ class Blocks:
         return found
 
 
-class BlockStream:
-    """A ``FrameStream`` over ``run``, which gets the inputs of one window after another, in order.
+class BlockBuffer:
+    """Inputs of a recording as they come, cut into windows; ``unit`` inputs make a frame. The last window of an encoder
+    may end within a frame."""
 
-    ``unit`` inputs make a frame. The last window of an encoder may end within a frame. ``run`` returns what belongs to
-    the window without its context; ``nothing`` is the output of no frames.
-    """
-
-    def __init__(self, blocks: Blocks, unit: int, run: Callable[[np.ndarray, Window], np.ndarray],
-                 nothing: np.ndarray) -> None:
-        self.blocks, self.unit, self.run, self.nothing = blocks, unit, run, nothing
+    def __init__(self, blocks: Blocks, unit: int) -> None:
+        self.blocks, self.unit = blocks, unit
         self.held: list[np.ndarray] = []
         self.begin = self.num_inputs = 0
         """Where what is held begins, and how many inputs there were in all."""
         self.first = 0
 
-    def push(self, piece: np.ndarray) -> np.ndarray:
+    def put(self, piece: np.ndarray) -> None:
         self.held.append(piece)
         self.num_inputs += len(piece)
-        num_frames = self.num_inputs // self.unit
-        if not self.blocks.ready(self.first, num_frames):
-            return self.nothing
-        held, made = np.concatenate(self.held), []
-        while window := self.blocks.ready(self.first, num_frames):
-            made.append(self._run(held, window))
+
+    def take(self, last: bool) -> tuple[np.ndarray, Window] | None:
+        """The inputs of the next window, once they are there; with ``last`` what is left, too."""
+        window = self.blocks.ready(self.first, self.num_inputs // self.unit)
+        if window is None and last:
+            window = self.blocks.last(self.first, -(-self.num_inputs // self.unit))
+        if window is None:
+            return None
+        held = np.concatenate(self.held) if len(self.held) > 1 else self.held[0]
+        inputs = held[window.start * self.unit - self.begin : window.stop * self.unit - self.begin]
+        self.first = window.stop - window.after
         begin = max(0, self.first - self.blocks.left) * self.unit
-        self.held, self.begin = [held[begin - self.begin :].copy()], begin
-        return np.concatenate(made)
+        self.held, self.begin = [held[begin - self.begin :]], begin
+        return inputs, window
+
+
+class BlockStream:
+    """A ``FrameStream`` over ``run``, which gets the inputs of one window after another, in order, and returns what
+    belongs to the window without its context; ``nothing`` is the output of no frames."""
+
+    def __init__(self, blocks: Blocks, unit: int, run: Callable[[np.ndarray, Window], np.ndarray],
+                 nothing: np.ndarray) -> None:
+        self.buffer, self.run, self.nothing = BlockBuffer(blocks, unit), run, nothing
+
+    def push(self, piece: np.ndarray) -> np.ndarray:
+        self.buffer.put(piece)
+        return self._run(last=False)
 
     def finish(self) -> np.ndarray:
-        window = self.blocks.last(self.first, -(-self.num_inputs // self.unit))
-        return self._run(np.concatenate(self.held), window) if window else self.nothing
+        return self._run(last=True)
 
-    def _run(self, held: np.ndarray, window: Window) -> np.ndarray:
-        self.first = window.stop - window.after
-        return self.run(held[window.start * self.unit - self.begin : window.stop * self.unit - self.begin], window)
+    def _run(self, last: bool) -> np.ndarray:
+        made = [self.nothing]
+        while found := self.buffer.take(last):
+            made.append(self.run(*found))
+        return np.concatenate(made)

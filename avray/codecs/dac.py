@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from avray.codecs.blocks import Blocks, BlockStream, Window
 from avray.codecs.network import NetworkCodec, Rates, exact, mono, numpy
+from avray.codecs.together import Block, BlockDecoder, in_batches
 from avray.family import FrameStream
 
 _ENCODE_FRAMES = 150
@@ -76,15 +77,20 @@ class Dac(NetworkCodec):
 
         return BlockStream(self.encode_blocks, self.hop_samples, encode, self.no_frames)
 
-    def decoder(self) -> FrameStream:
-        @exact()
-        def decode(latents: np.ndarray, window: Window) -> np.ndarray:
-            samples = numpy(self.decode_frames(self.tensor(latents.T[None]))[0, 0])
-            whole = np.zeros(len(latents) * self.hop_samples, np.float32)
-            whole[: len(samples)] = samples[: len(whole)]
-            return whole[window.before * self.hop_samples : len(whole) - window.after * self.hop_samples]
+    def decoder(self) -> BlockDecoder:
+        return BlockDecoder(self.decode_blocks, self._decode)
 
-        return BlockStream(self.decode_blocks, 1, decode, self.no_samples)
+    @exact()
+    def _decode(self, blocks: Sequence[Block]) -> list[np.ndarray]:
+        made: list[np.ndarray] = []
+        for rows, filled in in_batches(blocks, self.decode_rows):
+            window, hop = rows[0].window, self.hop_samples
+            assert window is not None
+            samples = numpy(self.decode_frames(self.tensor(np.stack([row.latents.T for row in filled])))[:, 0])
+            whole = np.zeros((len(filled), len(rows[0].latents) * hop), np.float32)
+            whole[:, : samples.shape[1]] = samples[:, : whole.shape[1]]
+            made += [*whole[: len(rows), window.before * hop : whole.shape[1] - window.after * hop]]
+        return made
 
     def quantize(self, latents: Float[Tensor, "batch width time"],
                  num_codebooks: int) -> Int[Tensor, "batch codebooks time"]:

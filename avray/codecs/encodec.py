@@ -18,6 +18,7 @@ from avray.codecs.blocks import Blocks, BlockStream, Window
 from avray.codecs.network import NetworkCodec, Rates, exact, mono, numpy
 from avray.codecs.rvq import ResidualQuantizer
 from avray.codecs.seanet import Streams, layers_of, run
+from avray.codecs.together import Block, BlockDecoder, in_batches
 from avray.family import FrameStream
 
 _BLOCK_FRAMES = 100
@@ -85,17 +86,24 @@ class Encodec24kHz(NetworkCodec):
 
         return BlockStream(Blocks(_BLOCK_FRAMES), self.hop_samples, encode, self.no_frames)
 
-    def decoder(self) -> FrameStream:
-        streams, layers = Streams(1), self.decoder_layers
+    def decoder(self) -> BlockDecoder:
+        return BlockDecoder(Blocks(_DECODE_FRAMES), self._decode, Streams(1))
 
-        @exact()
-        def decode(latents: np.ndarray, window: Window) -> np.ndarray:
-            batch = np.zeros((1, _DECODE_FRAMES, self.width), np.float32)
-            batch[0, : len(latents)] = latents
-            samples = run(layers, self.tensor(batch), [len(latents) if window.is_last else None], streams)
-            return numpy(samples[0, : len(latents) * self.hop_samples, 0])
-
-        return BlockStream(Blocks(_DECODE_FRAMES), 1, decode, self.no_samples)
+    @exact()
+    def _decode(self, blocks: Sequence[Block]) -> list[np.ndarray]:
+        made: list[np.ndarray] = []
+        for rows, filled in in_batches(blocks, self.decode_rows):
+            num_frames = len(rows[0].latents)
+            batch = np.zeros((len(filled), _DECODE_FRAMES, self.width), np.float32)
+            batch[:, :num_frames] = [row.latents for row in filled]
+            streams = Streams.joined([row.state for row in filled])
+            assert rows[0].window is not None
+            ends = [num_frames if rows[0].window.is_last else None] * len(filled)
+            samples = numpy(run(self.decoder_layers, self.tensor(batch), ends, streams)[:, :, 0])
+            for index, row in enumerate(rows):
+                row.state.take(streams, index)
+            made += [row[: num_frames * self.hop_samples] for row in samples[: len(rows)]]
+        return made
 
     def quantize(self, latents: Float[Tensor, "batch width time"],
                  num_codebooks: int) -> Int[Tensor, "batch codebooks time"]:

@@ -22,6 +22,7 @@ from avray.codecs.blocks import Blocks, BlockStream, Window
 from avray.codecs.encodec import codebooks_of
 from avray.codecs.network import NetworkCodec, Rates, exact, mono, numpy
 from avray.codecs.rvq import ResidualQuantizer
+from avray.codecs.together import Block, BlockDecoder, in_batches
 from avray.family import FrameStream
 
 _OVERLAP_FRAMES = 2
@@ -76,21 +77,26 @@ class Encodec48kHz(NetworkCodec):
 
         return BlockStream(self.blocks, self.hop_samples, encode, self.no_frames)
 
-    def decoder(self) -> FrameStream:
-        before = np.zeros(0, np.float32)
+    def decoder(self) -> BlockDecoder:
+        return BlockDecoder(self.blocks, self._decode, [np.zeros(0, np.float32)])
 
-        @exact()
-        def decode(latents: np.ndarray, window: Window) -> np.ndarray:
-            nonlocal before
-            frames = self.tensor(latents[:, :-1].T[None])
-            core = len(latents) - window.after
-            samples = numpy(self.model.decoder(frames)[0].mean(0)) * np.exp(latents[:core, -1].mean())
-            fade = np.linspace(0, 1, len(before) + 2, dtype=np.float32)[1:-1]
-            samples[: len(before)] = samples[: len(before)] * fade + before * (1 - fade)
-            made, before = np.split(samples[: len(latents) * self.hop_samples], [core * self.hop_samples])
-            return made
-
-        return BlockStream(self.blocks, 1, decode, self.no_samples)
+    @exact()
+    def _decode(self, blocks: Sequence[Block]) -> list[np.ndarray]:
+        """A block's state is the overlap that the block before it left, in a list of one."""
+        made: list[np.ndarray] = []
+        for rows, filled in in_batches(blocks, self.decode_rows):
+            num_frames, window = len(rows[0].latents), rows[0].window
+            assert window is not None
+            core = num_frames - window.after
+            sound = numpy(self.model.decoder(self.tensor(np.stack([row.latents[:, :-1].T for row in filled]))).mean(1))
+            for row, samples in zip(rows, sound, strict=False):
+                samples = samples * np.exp(row.latents[:core, -1].mean())
+                before = row.state[0]
+                fade = np.linspace(0, 1, len(before) + 2, dtype=np.float32)[1:-1]
+                samples[: len(before)] = samples[: len(before)] * fade + before * (1 - fade)
+                new, row.state[0] = np.split(samples[: num_frames * self.hop_samples], [core * self.hop_samples])
+                made.append(new)
+        return made
 
     def quantize(self, latents: Float[Tensor, "batch width time"],
                  num_codebooks: int) -> Int[Tensor, "batch codebooks time"]:

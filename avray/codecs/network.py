@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from avray.codecs.rvq import check_codebooks
+from avray.codecs.together import num_rows
 from avray.family import FrameStream
 
 _QUANTIZE_FRAMES = 4096
@@ -41,6 +42,7 @@ class NetworkCodec(ABC):
         self.frame_rate_hz = rates.sample_rate_hz / rates.hop_samples
         self.width, self.cardinality, self.num_codebooks = rates.width, rates.cardinality, num_codebooks
         self.device, self.dtype = device, dtype
+        self.decode_rows = num_rows(device)
 
     @abstractmethod
     def stream(self) -> FrameStream: ...

@@ -45,6 +45,25 @@ class Streams:
     def end_block(self) -> None:
         self.is_first = False
 
+    @classmethod
+    def joined(cls, streams: Sequence[Streams]) -> Streams:
+        """Recordings that came one by one, abreast; all of them at their first block, or none."""
+        first = streams[0]
+        if len(streams) == 1:
+            return first
+        return cls(len(streams), first.is_first,
+                   inputs={key: torch.cat([one.inputs[key] for one in streams]) for key in first.inputs},
+                   hidden={key: (torch.cat([one.hidden[key][0] for one in streams], 1),
+                                 torch.cat([one.hidden[key][1] for one in streams], 1)) for key in first.hidden})
+
+    def take(self, joined: Streams, row: int) -> None:
+        """What one row of those abreast now remembers."""
+        if joined is self:
+            return
+        self.is_first = joined.is_first
+        self.inputs = {key: rows[row : row + 1] for key, rows in joined.inputs.items()}
+        self.hidden = {key: (h[:, row : row + 1], c[:, row : row + 1]) for key, (h, c) in joined.hidden.items()}
+
 
 class Convolution:
     """A causal convolution, an ELU in front of it where ``activate``. ``pad_mode`` is what stands before the start:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,8 +23,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from avray.codecs.griffin_lim import GriffinLim
+from avray.codecs.griffin_lim import GriffinLim, Inversion, advance
 from avray.codecs.rvq import ResidualKMeans, ResidualQuantizer
+from avray.codecs.together import Block, Decoder, in_batches, num_rows
 from avray.family import Fitted
 
 SAMPLE_RATE_HZ = 24_000
@@ -82,6 +84,7 @@ class SpectralCodec:
         self.frame_rate_hz = self.sample_rate_hz / self.hop_samples
         self.quantizer = ResidualQuantizer.of(fitted, device)
         self.num_codebooks, self.cardinality = self.quantizer.num_codebooks, self.quantizer.cardinality
+        self.decode_rows = num_rows(device)
         window = self.synthesis.window
         self.window = torch.hann_window(window, device=device)
         self.basis = torch.tensor(mel_bands(window) / (window / 4), dtype=torch.float32, device=device)
@@ -136,6 +139,17 @@ class SpectralCodec:
     def decoder(self) -> SpectralDecoder:
         return SpectralDecoder(self)
 
+    @torch.inference_mode()
+    def decode_blocks(self, blocks: Sequence[Block]) -> list[np.ndarray]:
+        """Blocks of as many frames, whose signals have as much context and end or go on alike."""
+        made: list[np.ndarray] = []
+        for rows, filled in in_batches(blocks, self.decode_rows):
+            frames = torch.from_numpy(np.stack([row.latents for row in filled])).to(self.device, torch.float32)
+            magnitudes = torch.stack([self.magnitudes(row) for row in frames])
+            signals = [row.state for row in rows] + [copy(rows[0].state) for _ in filled[len(rows) :]]
+            made += [*advance(signals, magnitudes, rows[0].alike[-1])[: len(rows)].cpu().numpy()]  # type: ignore[index]
+        return made
+
     def to_codes(self, latents: Float[Tensor, "batch width time"],
                  num_codebooks: int | None = None) -> Int[Tensor, "batch codebooks time"]:
         return self.quantizer.encode(latents, num_codebooks)
@@ -170,7 +184,7 @@ class SpectralEncoder:
         return frames[:missing]
 
 
-class SpectralDecoder:
+class SpectralDecoder(Decoder):
     """Frames in, samples out a block at a time; see ``griffin_lim``. The first block is short, so that sound begins
     with frame 18 (0.24 s), the next ones twice as long each up to the full length, which costs least: on one core
     23 s of sound a second in blocks of 12, 32 in 24, 42 in 48, and all of them sound alike (2.87 dB from the
@@ -178,38 +192,31 @@ class SpectralDecoder:
 
     def __init__(self, codec: SpectralCodec) -> None:
         self.codec = codec
-        self.inversion = codec.synthesis.open(codec.device)
-        self.pieces: list[np.ndarray] = []
-        self.num_waiting = 0
+        self.signal = Inversion(codec.synthesis, codec.device)
+        self.waiting = np.zeros((0, codec.width), np.float32)
         self.step = codec.synthesis.first_step
         self.wanted = self.step + codec.synthesis.lookahead
+        self.is_over = False
 
-    def push(self, piece: np.ndarray) -> np.ndarray:
+    def put(self, latents: np.ndarray) -> None:
         """ValueError for anything but ``[t, width]``."""
-        if piece.ndim != 2 or piece.shape[1] != self.codec.width:
-            raise ValueError(f"Expected latents [time, {self.codec.width}], got shape {piece.shape}.")
-        self.pieces.append(piece)
-        self.num_waiting += len(piece)
-        if self.num_waiting < self.wanted:
-            return np.zeros(0, np.float32)
-        waiting, start, samples = np.concatenate(self.pieces), 0, []
-        while len(waiting) - start >= self.wanted:
-            samples.append(self._run(waiting[start : start + self.wanted], is_last=False))
-            start += self.wanted
+        if latents.ndim != 2 or latents.shape[1] != self.codec.width:
+            raise ValueError(f"Expected latents [time, {self.codec.width}], got shape {latents.shape}.")
+        self.waiting = np.concatenate([self.waiting, latents], dtype=np.float32)
+
+    def take(self, last: bool) -> Block | None:
+        if len(self.waiting) >= self.wanted:
+            latents, self.waiting = np.split(self.waiting, [self.wanted])
             self.step = self.wanted = min(2 * self.step, self.codec.synthesis.step)
-        self.pieces, self.num_waiting = [waiting[start:].copy()], len(waiting) - start
-        return np.concatenate(samples)
+            return self._block(latents, is_last=False)
+        if last and not self.is_over and len(self.waiting) + len(self.signal.magnitudes):
+            self.is_over = True
+            return self._block(self.waiting, is_last=True)
+        return None
 
-    def finish(self) -> np.ndarray:
-        waiting = np.concatenate([np.zeros((0, self.codec.width), np.float32), *self.pieces])
-        if len(waiting) + len(self.inversion.magnitudes) == 0:
-            return np.zeros(0, np.float32)
-        return self._run(waiting, is_last=True)
-
-    def _run(self, latents: np.ndarray, is_last: bool) -> np.ndarray:
-        frames = torch.tensor(latents, dtype=torch.float32, device=self.codec.device)
-        with torch.inference_mode():
-            return self.inversion.run(self.codec.magnitudes(frames), is_last).cpu().numpy()
+    def _block(self, latents: np.ndarray, is_last: bool) -> Block:
+        alike = (len(latents), len(self.signal.magnitudes), self.signal.num_context, is_last)
+        return Block(latents, self.codec.decode_blocks, alike, self.signal)
 
 
 def mel_bands(window: int) -> Float[np.ndarray, "bins bands"]:

@@ -272,7 +272,7 @@ class TextRender:
     ids: list[int] = field(default_factory=list)
     shown: int = 0
 
-    def push(self, data: Written) -> str:
+    def push(self, data: Written, last: bool) -> str:
         self.ids += data.ids
         text = self.tokens.decode(self.ids)
         if not data.ends:
@@ -284,9 +284,6 @@ class TextRender:
         self.before += new if self.before else text
         self.ids, self.shown = [], 0
         return new
-
-    def finish(self) -> str:
-        return ""
 
 
 def joined(before: str, text: str) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from avray.codecs.base import Codec
+from avray.codecs.together import ToDecode
 from avray.family import Batch, FrameStream, Modality, Options, Piece
 from avray.nn.kv_cache import CachedTransformer, Weights
 from avray.nn.patterns import NOTHING, Layout
@@ -255,17 +256,14 @@ class CodesRenderer:
 
 @dataclass
 class CodesRender:
-    """One request's: codes ``[frames, codebooks]`` in, samples ``[1, n]`` float32 out."""
+    """One request's codes ``[frames, codebooks]``."""
 
     codec: Codec
     device: torch.device | str
     decoder: FrameStream
 
-    def push(self, data: Any) -> np.ndarray:
+    def push(self, data: Any, last: bool) -> ToDecode:
         if not len(data):
-            return np.zeros((1, 0), np.float32)
+            return ToDecode(self.decoder, None, last)
         latents = self.codec.from_codes(torch.from_numpy(data.T.copy())[None].to(self.device))
-        return self.decoder.push(latents[0].T.cpu().numpy())[None]
-
-    def finish(self) -> np.ndarray:
-        return self.decoder.finish()[None]
+        return ToDecode(self.decoder, latents[0].T.cpu().numpy(), last)

@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from avray.codecs.base import Codec, CodecConfig, Latents
+from avray.codecs.together import ToDecode
 from avray.families.continuation_flow import (
     FlowHeadConfig,
     FlowOptions,
@@ -39,6 +40,7 @@ from avray.family import (
     Column,
     Example,
     Fitted,
+    FrameStream,
     Metric,
     Modality,
     Options,
@@ -395,12 +397,9 @@ class LatentsRenderer:
 
 @dataclass
 class LatentsRender:
-    """One request's: latents ``[time, width]`` in, samples ``[1, n]`` out."""
+    """One request's latents ``[time, width]``."""
 
-    decoder: Any
+    decoder: FrameStream
 
-    def push(self, data: np.ndarray) -> np.ndarray:
-        return self.decoder.push(data)[None]
-
-    def finish(self) -> np.ndarray:
-        return self.decoder.finish()[None]
+    def push(self, data: np.ndarray, last: bool) -> ToDecode:
+        return ToDecode(self.decoder, data, last)

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from avray.codecs import clip_dct
 from avray.codecs.base import Codec
+from avray.codecs.together import ToDecode
 from avray.encoders.tokens import Tokens
 from avray.families.multitask_model import EMBEDDED, TASKS, WRITTEN, MultitaskModel, noise_of
-from avray.family import Batch, Modality, Options, Piece
+from avray.family import Batch, FrameStream, Modality, Options, Piece
 from avray.media import Audio, Video
 from avray.nn.kv_cache import CachedTransformer
 from avray.nn.sampling import Draw, Drawer, uniforms
@@ -248,33 +248,37 @@ class MediaRender:
     renderer: MediaRenderer
     ids: list[int] = field(default_factory=list)
     shown: int = 0
-    decoder: Any = None
-    task: str = ""
+    decoder: FrameStream | None = None
     vectors: list[list[float]] = field(default_factory=list)
     track: list[np.ndarray] = field(default_factory=list)
     """The sound of a clip that is to come, or what is left of it."""
 
-    def push(self, data: list[int] | Foreseen) -> str | np.ndarray | Video | None:
-        if not isinstance(data, Foreseen):
-            self.ids += data
-            text = self.renderer.tokens.decode(self.ids)
-            if text.endswith("\N{REPLACEMENT CHARACTER}"):
-                return ""
-            new, self.shown = text[self.shown :], len(text)
-            return new
-        if data.as_json:
-            self.task = data.task
-            self.vectors.append([round(float(number), 6) for number in data.vector])
+    def push(self, data: list[int] | Foreseen, last: bool) -> str | Video | ToDecode | None:
+        if isinstance(data, Foreseen):
+            return self._foreseen(data, last)
+        self.ids += data
+        text = self.renderer.tokens.decode(self.ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
             return ""
+        new, self.shown = text[self.shown :], len(text)
+        return new
+
+    def _foreseen(self, data: Foreseen, last: bool) -> str | Video | ToDecode | None:
+        if data.as_json:
+            self.vectors.append([round(float(number), 6) for number in data.vector])
+            if not last:
+                return ""
+            return json.dumps({"task": data.task,
+                               "embedding": self.vectors if len(self.vectors) > 1 else self.vectors[0]})
         if data.task == "video":
             frames = np.concatenate([clip_dct.decode_clip(numbers) for numbers in data.decoded])
             return Video(frames, self.renderer.frame_rate_hz, self._sound_of(len(frames)))
         assert self.renderer.codec is not None
         self.decoder = self.decoder or self.renderer.codec.decoder()
-        samples = self.decoder.push(np.ascontiguousarray(data.decoded, np.float32))
+        latents = np.ascontiguousarray(data.decoded, np.float32)
         if not data.is_track:
-            return samples[None]
-        self.track.append(samples)
+            return ToDecode(self.decoder, latents, last)
+        self.track.append(self.decoder.push(latents))
         return None
 
     def _sound_of(self, num_frames: int) -> Audio | None:
@@ -286,11 +290,3 @@ class MediaRender:
         [rest], number = self.track, round(num_frames / self.renderer.frame_rate_hz * self.renderer.sample_rate_hz)
         self.track = [rest[number:]]
         return Audio(np.pad(rest[:number], (0, max(0, number - len(rest))))[None], self.renderer.sample_rate_hz)
-
-    def finish(self) -> str | np.ndarray | None:
-        if self.vectors:
-            embedding = self.vectors if len(self.vectors) > 1 else self.vectors[0]
-            return json.dumps({"task": self.task, "embedding": embedding})
-        if self.decoder is not None:
-            return self.decoder.finish()[None]
-        return self.renderer.tokens.decode(self.ids)[self.shown :] if self.ids else None

@@ -17,7 +17,7 @@ import websockets
 
 from avray.serving.auth import Keys
 from avray.settings.serve import JobSettings, ServeSettings
-from tests.serving import listening, save_codec_lm, save_continuation
+from tests.serving import listening, save_audio_gpt2, save_clips, save_codec_lm, save_continuation
 from tests.test_serving import wav
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -30,7 +30,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The gateway behind uvicorn, with a key."""
     folder = tmp_path_factory.mktemp("web")
     serve = ServeSettings(jobs=JobSettings(str(folder / "jobs")))
-    runs = {"next": save_continuation(folder / "next"), "speech": save_codec_lm(folder / "speech")}
+    runs = {"next": save_continuation(folder / "next"), "speech": save_codec_lm(folder / "speech"),
+            "video": save_clips(folder / "video"), "writes": save_audio_gpt2(folder / "writes")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AVRAY_API_KEYS", KEY)
         keys = Keys.from_environment()
@@ -115,7 +116,7 @@ def test_by_keyboard_alone(address: str, chromium: str, tmp_path: Path) -> None:
             await page.tab_to("key")
             await page.type(KEY)
             await page.press("Tab", 9)
-            await page.until("document.querySelectorAll('#model option').length === 2")
+            await page.until("document.querySelectorAll('#model option').length === 4")
             await page.tab_to("model")
             await page.press("ArrowDown", 40)
             await page.until("document.getElementById('model').value === 'speech'")
@@ -153,6 +154,29 @@ def test_by_keyboard_alone(address: str, chromium: str, tmp_path: Path) -> None:
             await page.tab_to("copy-python")
             await page.press("Enter", 13, "\r")
             await page.until("document.getElementById('code').textContent.includes('continuations')")
+            # A clip, and what is heard, from the models that make them.
+            await page.value("document.getElementById('model').focus()")
+            for _ in range(2):
+                await page.press("ArrowDown", 40)
+            await page.until("document.getElementById('model').value === 'video'")
+            assert await page.value("[...document.getElementById('task').options].map(o => o.value)") == [
+                "audio", "video"]
+            await page.tab_to("task")
+            await page.press("ArrowDown", 40)
+            await page.tab_to("prompt")
+            await page.value("document.getElementById('prompt').select()")
+            await page.type("show a")
+            await page.tab_to("go")
+            await page.press("Enter", 13, "\r")
+            await page.until("document.getElementById('video').videoWidth === 64")
+            assert await page.value("document.getElementById('audio').hidden && !document.getElementById('video').hidden")
+            await page.value("document.getElementById('model').focus()")
+            await page.press("ArrowDown", 40)
+            await page.until("document.getElementById('format-label').hidden")
+            await page.tab_to("go")
+            await page.press("Enter", 13, "\r")
+            await page.until("!document.getElementById('text').hidden")
+            assert await page.value("document.getElementById('error').textContent") == ""
             unnamed = await page.value("[...document.querySelectorAll('input, select, textarea, button')].filter("
                                        "e => !e.labels?.length && !e.textContent.trim()).map(e => e.id)")
             assert unnamed == []

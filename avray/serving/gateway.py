@@ -339,10 +339,11 @@ def task_of(body: Sound, card: Card, route: str) -> str:
 def model_object(card: Card) -> dict[str, Any]:
     """OpenAI's four fields, and what a client of avray wants to know beside them."""
     options = sorted({*itertools.chain(*card.options.values())})
+    by_task = {task: sorted(card.options[task]) for task in card.tasks}
     return {"id": card.name, "object": "model", "created": card.created, "owned_by": "avray", "family": card.family,
             "modality": card.modality, "takes": card.takes, "tasks": card.tasks, "options": options,
-            "routes": card.routes, "sample_rate": card.sample_rate_hz, "default_seconds": card.segment_s,
-            "step": card.step, "checkpoint": card.checkpoint}
+            "task_options": by_task, "routes": card.routes, "sample_rate": card.sample_rate_hz,
+            "default_seconds": card.segment_s, "step": card.step, "checkpoint": card.checkpoint}
 
 
 def _files(description: str, kinds: set[str]) -> dict[int | str, dict[str, Any]]:

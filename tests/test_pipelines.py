@@ -236,7 +236,7 @@ def test_dry_run_does_everything_once(ray_session, tmp_path, wavs, cache):
 
 
 def test_the_board_keeps_every_message_in_order(ray_session):
-    from avray.train.board import open_board
+    from avray.train.board_actor import open_board
 
     board, taken = open_board(), []
     for number in range(2000):

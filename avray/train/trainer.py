@@ -34,7 +34,8 @@ from avray.errors import CheckpointError, DataError, MissingDependency, OutOfMem
 from avray.family import Column, Family
 from avray.media import Limits
 from avray.registry import family_settings
-from avray.train.board import Listener, Watch, open_board
+from avray.train.board import Listener, Watch
+from avray.train.board_actor import open_board
 from avray.train.job import Job
 from avray.train.memory import Memory, count_parameters, estimate
 from avray.train.samples import WAITING, awaited, sample_folder

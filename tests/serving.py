@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,10 @@ def save_codec_lm(run: Path) -> Path:
     return _save(run, CODEC_LM, [{"audio.latents": random.normal(-8, 1, (600, 128)).astype(np.float16)}], 5, 0)
 
 
-def save_instruct(run: Path) -> Path:
+def save_instruct(run: Path, *tasks: str) -> Path:
     random = np.random.default_rng(0)
     rows = [{"output.latents": random.normal(-8, 1, (length, 128)).astype(np.float16)} for length in (30, 45, 60)]
-    return _save(run, INSTRUCT, rows, 4, 0)
+    return _save(run, replace(INSTRUCT, tasks=tasks or INSTRUCT.tasks), rows, 4, 0)
 
 
 def save_audio_gpt2(run: Path) -> Path:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile as sf
 
+from avray.media import Video, write_video
 from tests.serving import save_instruct, server
 
 
@@ -51,3 +54,24 @@ def test_what_cannot_be_made_is_a_400_that_names_it(client: Any, fields: dict[st
 def test_its_card_says_what_it_takes(client: Any) -> None:
     card = client.get("/v1/models/sounds").json()
     assert "/v1/audio/generate" in str(card) and "guidance_scale" in str(card)
+
+
+def test_a_clip_is_given_its_sound(tmp_path: Path) -> None:
+    frames = np.zeros((15, 32, 32, 3), np.uint8)
+    frames[7:] = 255
+    write_video(tmp_path / "a.mp4", Video(frames, 25.0))
+    sound, clip = io.BytesIO(), (tmp_path / "a.mp4").read_bytes()
+    sf.write(sound, np.zeros(8000), 16_000, format="wav")
+    runs = {"sees": save_instruct(tmp_path / "sees", "video_to_audio"),
+            "both": save_instruct(tmp_path / "both", "enhancement", "video_to_audio")}
+    with server(runs) as client:
+        def send(data: bytes, **fields: Any) -> Any:
+            return client.post("/v1/audio/continuations", data={"seed": 3, **fields}, files={"file": ("a", data)})
+
+        assert client.get("/v1/models/sees").json()["takes"] == ["video"]
+        made = send(clip, model="sees")
+        assert made.status_code == 200, made.text
+        assert len(sf.read(io.BytesIO(made.content))[0]) == round(0.6 * 24_000)
+        assert send(sound.getvalue(), model="sees").status_code == 400
+        assert send(clip, model="both", task="video_to_audio").status_code == 200
+        assert send(sound.getvalue(), model="both", task="enhancement").status_code == 200

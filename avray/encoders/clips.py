@@ -1,5 +1,6 @@
-"""Clips to vectors, one every two seconds: DCT coefficients, which need no weights, or what a pretrained network of
-transformers says of them: VideoMAE and TimeSformer of some frames together, CLIP of each, averaged."""
+"""Clips to vectors. One every two seconds: DCT coefficients, which need no weights, or what a pretrained network of
+transformers says of them: VideoMAE and TimeSformer of some frames together, CLIP of each, averaged. Or one for each
+picture, 25 a second, where a sound has to fall on the moment."""
 
 from __future__ import annotations
 
@@ -71,6 +72,40 @@ class _Numbers(ClipNetwork):
 
     def embed(self, frames: np.ndarray) -> np.ndarray:
         return clip_dct.encode_clip(frames)
+
+
+@dataclass(frozen=True)
+class PictureNumbers:
+    """Each picture as 8 x 8 levels of luma, 4 x 4 of each colour difference (BT.601), and 8 x 8 of how much luma
+    changed since the picture before: 160 numbers of the size of a pixel (0 to 1)."""
+
+    def column_id(self) -> str:
+        return "pictures160-v1"
+
+    def load(self, device: torch.device | str) -> ClipNetwork:
+        return _Pictures()
+
+
+class _Pictures(ClipNetwork):
+    sampling_hz = frame_rate_hz = 25.0
+    size, num_frames, width = 64, 1, 160
+
+    def encode_batch(self, recordings: Sequence[Video]) -> list[np.ndarray]:
+        return [self._numbers(clip.frames) for clip in recordings]
+
+    def _numbers(self, frames: np.ndarray) -> np.ndarray:
+        pixels = frames.astype(np.float32) / 255
+        luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+        blue, red = (pixels[..., 2] - luma) / 1.772, (pixels[..., 0] - luma) / 1.402
+        change = np.abs(np.diff(luma, axis=0, prepend=luma[:1]))
+        planes = [_cells(luma, 8), _cells(blue, 4), _cells(red, 4), _cells(change, 8)]
+        return np.concatenate(planes, 1)
+
+
+def _cells(plane: np.ndarray, count: int) -> np.ndarray:
+    """``[time, size, size]`` -> means of ``count`` x ``count`` cells, ``[time, count²]``."""
+    time, size, _ = plane.shape
+    return plane.reshape(time, count, size // count, count, size // count).mean((2, 4)).reshape(time, -1)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Sound from an instruction, by flow matching in a codec's latents: one model for many tasks.
 
 A sample may carry a description, which is asked by cross-attention, and what lies along its time (notes, a noisy
-recording, the characters of a text), which is added to the frames; either may be absent, and each is guided by a scale
-of its own. Where nothing says how long the sound is, its duration is foreseen from the text.
+recording, moving pictures, the characters of a text), which is added to the frames; either may be absent, and each is
+guided by a scale of its own. Where nothing says how long the sound is, its duration is foreseen from the text.
 
 It takes up UniFlow-Audio, and does its two to-dos: both kinds of conditions at once, and figures by task. What it does
 otherwise: one scale for each kind of condition, a seed a request, averaged weights.
@@ -23,10 +23,21 @@ import torch
 from torch import Tensor, nn
 
 from avray.codecs.base import CodecConfig, Latents
+from avray.encoders.clips import ClipStates, PictureNumbers
 from avray.encoders.text_states import TextStates
 from avray.errors import DataError
 from avray.families.continuation import LatentsRenderer
-from avray.families.instruct_batch import LATENTS, OUTPUT, SOUND, STATES, Layout, byte_ids, collate
+from avray.families.instruct_batch import (
+    FRAMES,
+    LATENTS,
+    OUTPUT,
+    SOUND,
+    STATES,
+    VIDEO,
+    Layout,
+    byte_ids,
+    collate,
+)
 from avray.families.instruct_figures import task_metrics
 from avray.families.instruct_model import InstructModel
 from avray.families.instruct_sampler import FlowSampler, Generation
@@ -51,6 +62,7 @@ from avray.family import (
     Row,
     Unit,
 )
+from avray.media import probe
 from avray.metrics.accumulators import PitchError, audio_metrics
 from avray.nn.conditioning import AdapterConfig
 from avray.nn.dit import DiTConfig
@@ -72,6 +84,8 @@ class Instruct:
     text_encoder: TextStates | None = None
     """Reads descriptions and instructions, frozen, its output kept in the cache; null: bytes, trained with the model.
     Spoken texts are bytes in any case."""
+    video_encoder: ClipStates | None = None
+    """Sees the pictures of ``video_to_audio``, frozen; null: 160 numbers a picture, 25 pictures a second."""
     text_layers: int = 2
     text_heads: int = 3
     max_text: int = 512
@@ -120,7 +134,7 @@ class Instruct:
     def conditions(self) -> tuple[Condition, ...]:
         """What the tasks take, in one order."""
         taken = {condition for task in self.tasks for condition in TASKS[task].takes}
-        return tuple(name for name in ("text", "spoken", "notes", "sound") if name in taken)  # type: ignore[misc]
+        return tuple(name for name in ("text", "spoken", "notes", "sound", "video") if name in taken)  # type: ignore[misc]
 
     # Data
 
@@ -130,24 +144,28 @@ class Instruct:
         task = row.get("task") or self.tasks[0]
         if task not in self.tasks:
             return None
-        if not row.get("audio"):
+        wanted = _wanted(row, task)
+        if not wanted:
             return "audio is missing: it is what the model learns to make"
         try:
             given = conditions_of(task, row)
             parse_notes(given.get("notes") or (), "its notes", row["duration_s"])
             byte_ids(str(row.get("text") or ""), "its text", self.max_text)
             byte_ids(str(row.get("instruction") or ""), "its instruction", self.max_text)
-        except ValueError as error:
+            if wanted == row.get("video"):
+                probe(wanted)  # many a clip has no sound
+        except (ValueError, DataError) as error:
             return str(error)
         return None
 
     def segment(self, rows: Sequence[Row]) -> list[Example]:
         """A row whose task is among ``tasks`` is one example; one longer than ``segment_s`` is none, unless its task
-        goes from sound to sound: that is cut into pieces."""
+        goes from sound or pictures to sound: that is cut into pieces. A clip's own sound is what is wanted of it where
+        it brings no other."""
         examples = []
         for row in rows:
             task = row.get("task") or self.tasks[0]
-            if task in self.tasks and row.get("audio"):
+            if task in self.tasks and _wanted(row, task):
                 examples += self._examples(row, task, conditions_of(task, row))
         return examples
 
@@ -156,19 +174,21 @@ class Instruct:
         fields = {"task": task, "instruction": row.get("instruction") or TASKS[task].instruction}
         fields |= {name: given[name] for name in ("text", "notes") if name in given}
         fields |= {"text": given["spoken"]} if "spoken" in given else {}
-        if "sound" not in given:
+        if not {"sound", "video"} & set(given):
             if duration > self.segment_s + 1e-6:
                 return []
             units = {OUTPUT: Unit(row["audio"], "audio", start, duration), **self._text_units(fields)}
             return [Example(str(row["id"]), units, fields, row.get("weight", 1.0))]
         length = min(self.segment_s, duration)
-        wanted = row.get("target_audio") or row["audio"]
         examples = []
         for index in range(int(duration / length + 1e-6)):
             at = round(start + index * length, 6)
-            recipe = "" if row.get("target_audio") else self._recipe(task, f"{row['id']}@{at:.3f}")
-            units = {OUTPUT: Unit(wanted, "audio", at, length), SOUND: Unit(row["audio"], "audio", at, length, recipe),
-                     **self._text_units(fields)}
+            units = {OUTPUT: Unit(str(_wanted(row, task)), "audio", at, length), **self._text_units(fields)}
+            if "video" in given:
+                units[VIDEO] = Unit(given["video"], "video", at, length)
+            else:
+                recipe = "" if row.get("target_audio") else self._recipe(task, f"{row['id']}@{at:.3f}")
+                units[SOUND] = Unit(given["sound"], "audio", at, length, recipe)
             examples.append(Example(f"{row['id']}@{at:.3f}", units, fields, row.get("weight", 1.0)))
         return examples
 
@@ -195,10 +215,16 @@ class Instruct:
         return f"noise:snr_db={self.noise_snr_db:g}:seed={seed}{source}"
 
     def columns(self, fitted: Fitted | None) -> list[Column]:
-        latents = Column(LATENTS, Latents(self.codec))
-        if self.text_encoder is None:
-            return [latents]
-        return [latents, Column(STATES, self.text_encoder, "text", roles=("text", "instruction"))]  # type: ignore[arg-type]
+        columns = [Column(LATENTS, Latents(self.codec))]
+        if self.text_encoder is not None:
+            columns.append(Column(STATES, self.text_encoder, "text", roles=("text", "instruction")))  # type: ignore[arg-type]
+        if "video" in self.conditions:
+            columns.append(Column(FRAMES, self._sees, "video", roles=(VIDEO,)))  # type: ignore[arg-type]
+        return columns
+
+    @property
+    def _sees(self) -> ClipStates | PictureNumbers:
+        return self.video_encoder or PictureNumbers()
 
     def fit(self, rows: Iterator[Row]) -> Fitted:
         """Mean and scale of each channel, and of the logarithm of the seconds."""
@@ -209,6 +235,9 @@ class Instruct:
             frames = row[f"{OUTPUT}.{LATENTS}"].astype(np.float64)
             number, total, squares = number + len(frames), total + frames.sum(0), squares + (frames**2).sum(0)
             seconds.append(math.log(len(frames) / codec.frame_rate_hz))
+        sees = self._sees.load("cpu") if "video" in self.conditions else None
+        pictures = {} if sees is None else {"video_width": sees.width, "video_rate_hz": sees.frame_rate_hz,
+                                            "video_column": self._sees.column_id()}
         mean = total / number
         scale = np.sqrt(np.maximum(squares / number - mean**2, 0))
         scale = np.maximum(scale, max(0.01 * scale.max(), 1e-6))
@@ -216,7 +245,7 @@ class Instruct:
                       {"codec": self.codec.column_id(), "width": codec.width, "frame_rate_hz": codec.frame_rate_hz,
                        "text_width": self.text_encoder.load("cpu").width if self.text_encoder else 0,
                        "text_column": self.text_encoder.column_id() if self.text_encoder else "",
-                       "log_seconds": [float(np.mean(seconds)), max(float(np.std(seconds)), 0.1)]})
+                       "log_seconds": [float(np.mean(seconds)), max(float(np.std(seconds)), 0.1)], **pictures})
 
     @property
     def _layout(self) -> Layout:
@@ -236,7 +265,11 @@ class Instruct:
         if fitted.data.get("text_column", "") != column:
             raise ValueError("family.text_encoder is not the one that this model was fitted with: ask for that one, or "
                              "train anew.")
-        widths = {"text": 0, "spoken": 0, "notes": ROLL_WIDTH, "sound": fitted.data["width"]}
+        if "video" in self.conditions and fitted.data["video_column"] != self._sees.column_id():
+            raise ValueError("family.video_encoder is not the one that this model was fitted with: ask for that one, "
+                             "or train anew.")
+        widths = {"text": 0, "spoken": 0, "notes": ROLL_WIDTH, "sound": fitted.data["width"],
+                  "video": fitted.data.get("video_width", 0)}
         return InstructModel(self.network, self.adapter, self.text_layers, self.text_heads,
                              {name: widths[name] for name in self.conditions}, fitted.data.get("text_width", 0), fitted)
 
@@ -306,24 +339,24 @@ class Instruct:
     # Generation
 
     def question(self, example: Example) -> Question:
-        return Question(prompt=example.units.get(SOUND), target=example.units[OUTPUT],
+        return Question(prompt=example.units.get(SOUND) or example.units.get(VIDEO), target=example.units[OUTPUT],
                         text=example.fields.get("text"), fields=example.fields)
 
     def prompt(self, request: Request) -> Prompt:
         """What the request's task takes; without a task, the first of the model's that it has enough for."""
-        fields = {"text": request.text or "", "audio": request.audio, "notes": request.fields.get("notes")}
+        fields = {"text": request.text or "", "audio": request.audio, "video": request.video,
+                  "notes": request.fields.get("notes")}
         task = request.task or request.fields.get("task") or self._task_for(fields)
         if task not in self.tasks:
             raise ValueError(f"task = {task} is not one of this model's: {', '.join(self.tasks)}.")
-        if request.video is not None:
-            raise ValueError(f"video has no meaning for this model; it takes {', '.join(self.conditions)}.")
         given = conditions_of(task, fields)
-        for name, condition in (("text", "text"), ("audio", "sound"), ("notes", "notes")):
+        for name, condition in (("text", "text"), ("audio", "sound"), ("video", "video"), ("notes", "notes")):
             if fields[name] and condition not in TASKS[task].takes and not (name == "text" and "spoken" in given):
                 raise ValueError(f"{name} has no meaning for task {task}; it takes {', '.join(TASKS[task].takes)}.")
         self._generation(request.options)
-        if request.audio is not None and request.audio.seconds > self.segment_s:
-            raise ValueError(f"audio holds {request.audio.seconds:.3g} s: this model takes at most {self.segment_s:g}.")
+        for name, media in (("audio", request.audio), ("video", request.video)):
+            if media is not None and media.seconds > self.segment_s + 1e-6:
+                raise ValueError(f"{name} holds {media.seconds:.3g} s: this model takes at most {self.segment_s:g}.")
         plain = {"task": task, "instruction": str(request.fields.get("instruction") or TASKS[task].instruction)}
         if "notes" in given:
             parse_notes(given["notes"], "The request", request.options.seconds or self.segment_s)
@@ -333,7 +366,8 @@ class Instruct:
         byte_ids(str(fields["text"]), "text", self.max_text)
         byte_ids(plain["instruction"], "instruction", self.max_text)
         heard = {SOUND: request.audio} if request.audio is not None else {}
-        return Prompt({**heard, **self._read(plain)}, plain)
+        seen = {VIDEO: request.video} if request.video is not None else {}
+        return Prompt({**heard, **seen, **self._read(plain)}, plain)
 
     def _task_for(self, fields: Mapping[str, Any]) -> str:
         for task in self.tasks:
@@ -368,6 +402,13 @@ class Instruct:
     def task_metrics(self, task: str) -> dict[str, Callable[[], Metric]]:
         """What tells whether this task is done (``family.ByTask``)."""
         return task_metrics(task, self.codec)
+
+
+def _wanted(row: Row, task: str) -> str | None:
+    """The recording that a row's task is to make."""
+    if "video" in TASKS[task].takes:
+        return row.get("target_audio") or row.get("audio") or row.get("video")
+    return (row.get("target_audio") if "sound" in TASKS[task].takes else None) or row.get("audio")
 
 
 @functools.cache

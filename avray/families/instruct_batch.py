@@ -14,7 +14,7 @@ from avray.encoders.tokens import Bytes
 from avray.families.instruct_tasks import ROLL_WIDTH, TASKS, Condition, end_of, parse_notes, piano_roll
 from avray.family import Batch, Fitted, Row
 
-OUTPUT, SOUND, LATENTS, STATES = "output", "sound", "latents", "states"
+OUTPUT, SOUND, VIDEO, LATENTS, STATES, FRAMES = "output", "sound", "video", "latents", "states", "frames"
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Layout:
 def collate(rows: Sequence[Row], fitted: Fitted, layout: Layout) -> Batch:
     """``output`` ``[batch, time, width]`` with ``lengths`` ``[batch]`` of it and ``weight`` ``[batch]``; each
     condition as the tasks take them: ids of ``text``, ``spoken`` and ``instruction`` with ``…_valid``, frames of
-    ``notes`` and ``sound`` with ``…_there``. A request has no output; its length is its notes' or its sound's, or
-    0."""
+    ``notes``, ``sound`` and ``video`` with ``…_there``. A request has no output; its length is that of its notes, its
+    sound or its pictures, or 0."""
     rate, width = fitted.data["frame_rate_hz"], fitted.data["width"]
     outputs = [row.get(f"{OUTPUT}.{LATENTS}") if row["weight"] else None for row in rows]
     given = [_given(row) if row["weight"] else {} for row in rows]
-    lengths = [len(output) if output is not None else _length(conditions, rate, layout.segment_s)
+    lengths = [len(output) if output is not None else _length(conditions, fitted, layout.segment_s)
                for output, conditions in zip(outputs, given, strict=True)]
     time = max([1, *lengths])
     padded = np.zeros((len(rows), time, width), np.float32)
@@ -57,13 +57,12 @@ def collate(rows: Sequence[Row], fitted: Fitted, layout: Layout) -> Batch:
     if layout.has_instruction:
         told = [str(row.get("instruction") or "") if row["weight"] else "" for row in rows]
         tensors |= _told("instruction", told, rows, fitted, layout)
-    for name, size in (("notes", ROLL_WIDTH), ("sound", width)):
+    for name, size in (("notes", ROLL_WIDTH), ("sound", width), ("video", fitted.data.get("video_width", 0))):
         if name in layout.conditions:
             frames = np.zeros((len(rows), time, size), np.float32)
             for index, conditions in enumerate(given):
                 if name in conditions:
-                    found = (piano_roll(conditions["notes"], lengths[index], rate) if name == "notes"
-                             else conditions["sound"])[:time]
+                    found = _frames(name, conditions[name], lengths[index], fitted)[:time]
                     frames[index, : len(found)] = found
             tensors |= {name: frames, f"{name}_there": np.array([name in conditions for conditions in given])}
     counts = {"flow": float(np.dot(weight, lengths)) * width, "duration": float(tensors["told"].sum())}
@@ -71,9 +70,23 @@ def collate(rows: Sequence[Row], fitted: Fitted, layout: Layout) -> Batch:
                  [str(row.get("id", "")) for row in rows])
 
 
-def _length(conditions: Mapping[str, Any], frame_rate_hz: float, most_s: float) -> int:
+def _frames(name: str, given: Any, length: int, fitted: Fitted) -> np.ndarray:
+    """``[time, size]`` at the rate of the latents; a picture lasts until the next."""
+    if name == "sound":
+        return given
+    rate = fitted.data["frame_rate_hz"]
+    if name == "notes":
+        return piano_roll(given, length, rate)
+    shown = ((np.arange(length) + 0.5) / rate * fitted.data["video_rate_hz"]).astype(int)
+    return given[np.minimum(shown, len(given) - 1)]
+
+
+def _length(conditions: Mapping[str, Any], fitted: Fitted, most_s: float) -> int:
+    frame_rate_hz = fitted.data["frame_rate_hz"]
     if "sound" in conditions:
         return len(conditions["sound"])
+    if "video" in conditions:
+        return max(1, round(len(conditions["video"]) / fitted.data["video_rate_hz"] * frame_rate_hz))
     if "notes" in conditions:
         return max(1, round(min(end_of(conditions["notes"]), most_s) * frame_rate_hz))
     return 0
@@ -116,8 +129,9 @@ def _given(row: Row) -> dict[str, Any]:
     """A row's conditions as its task takes them, notes parsed and sounds as latents."""
     task = TASKS[row["task"]]
     text = str(row.get("text") or "")
-    found: dict[str, Any] = {"text": text, "spoken": text, "sound": row.get(f"{SOUND}.{LATENTS}")}
+    found: dict[str, Any] = {"text": text, "spoken": text, "sound": row.get(f"{SOUND}.{LATENTS}"),
+                             "video": row.get(f"{VIDEO}.{FRAMES}")}
     if row.get("notes") and "notes" in task.takes:
         found["notes"] = parse_notes(row["notes"], str(row.get("id", "The request")))
     return {name: found[name] for name in task.takes
-            if name in found and found[name] is not None and (name == "sound" or found[name])}
+            if name in found and found[name] is not None and (name in ("sound", "video") or found[name])}

@@ -39,6 +39,8 @@ def task_metrics(task: str, codec: CodecConfig) -> dict[str, Callable[[], Metric
             return {"pitch_error_cents": PitchError, "mel_cepstral_distortion_db": MelCepstralDistortion, **shape}
         case "enhancement":
             return {"si_sdr_db": SiSdr, "stoi": Stoi, **shape}
+        case "video_to_audio":
+            return {"onset_f1": OnsetF1, **shape}
     return shape
 
 

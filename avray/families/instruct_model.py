@@ -28,7 +28,7 @@ from avray.nn.conditioning import (
 )
 from avray.nn.dit import Conditions, DiT, DiTConfig
 
-ALIGNED = ("notes", "sound")
+ALIGNED = ("notes", "sound", "video")
 """Conditions that come as frames; ``spoken`` becomes frames here."""
 
 

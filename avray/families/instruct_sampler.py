@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avray.families.instruct_model import InstructModel
+from avray.families.instruct_model import ALIGNED, InstructModel
 from avray.family import Batch, Options, Piece
 from avray.nn.dit import Context
 from avray.nn.flow import Walk, guided
@@ -97,7 +97,7 @@ class FlowSampler:
         given = round(how.seconds * self.frame_rate_hz) if how.seconds is not None else int(batch["lengths"])
         number = given or round(float(asked.log_seconds.exp()) * self.frame_rate_hz)
         number = max(1, min(number, self.most_frames))
-        there = [bool(batch[name]) for name in ("notes_there", "sound_there") if name in batch]
+        there = [bool(batch[f"{name}_there"]) for name in ALIGNED if f"{name}_there" in batch]
         spoken = asked.spoken is not None and bool(asked.spoken.valid.any())
         branches = branches_of(how, asked.text is not None and bool(asked.text.valid.any()), any(there) or spoken)
         walk, width = how.walk, len(model.mean)

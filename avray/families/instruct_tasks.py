@@ -1,7 +1,7 @@
 """The tasks of ``instruct``: what each is given, what it must have, and how notes become frames.
 
-A condition is either aligned in time with the sound (``notes``, ``sound``, ``spoken``) or not (``text``). A task may
-take several, and where it asks for any of them, any may be absent.
+A condition is either aligned in time with the sound (``notes``, ``sound``, ``video``, ``spoken``) or not (``text``). A
+task may take several, and where it asks for any of them, any may be absent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-Condition = Literal["text", "spoken", "notes", "sound"]
+Condition = Literal["text", "spoken", "notes", "sound", "video"]
 NUM_PITCHES = 128
 ROLL_WIDTH = NUM_PITCHES + 1
 """MIDI pitches, and where a note begins."""
@@ -45,6 +45,7 @@ TASKS = {
     "singing": Task("Sing these notes.", needs=("notes",)),
     "enhancement": Task("Remove the noise.", needs=("sound",), recipe="noise"),
     "super_resolution": Task("Restore the high frequencies.", needs=("sound",), recipe="lowpass"),
+    "video_to_audio": Task("Make the sound of these pictures.", needs=("video",)),
 }
 
 
@@ -53,7 +54,7 @@ def conditions_of(task: str, fields: Mapping[str, Any]) -> dict[Condition, Any]:
     wanted = TASKS[task]
     text = str(fields.get("text") or "").strip()
     given: dict[Condition, Any] = {"text": text, "spoken": text, "notes": fields.get("notes") or None,
-                                   "sound": fields.get("audio")}
+                                   "sound": fields.get("audio"), "video": fields.get("video")}
     for name in wanted.needs:
         if not given[name]:
             raise ValueError(f"{_SAID[name]} is missing: task {task} needs it.")
@@ -63,7 +64,7 @@ def conditions_of(task: str, fields: Mapping[str, Any]) -> dict[Condition, Any]:
     return {name: given[name] for name in wanted.takes if given[name]}
 
 
-_SAID = {"text": "text", "spoken": "text", "notes": "notes", "sound": "audio"}
+_SAID = {"text": "text", "spoken": "text", "notes": "notes", "sound": "audio", "video": "video"}
 
 
 def parse_pitch(value: Any) -> float:

@@ -24,7 +24,7 @@ from avray.engine import Generated, Generator
 from avray.errors import DataError
 from avray.family import Options, Request, Row
 from avray.generation.one import options_of, write
-from avray.media import read_audio
+from avray.media import read_audio, read_video
 from avray.progress import counter
 
 
@@ -53,7 +53,11 @@ class GenerateRows:
         audio = None
         if row.get("audio"):
             audio = read_audio(row["audio"], start_s=row.get("start_s") or 0.0, duration_s=row.get("duration_s"))
-        request = Request(text=row.get("text") or row.get("instruction"), audio=audio, task=row.get("task"), fields=row,
+        video = None
+        if row.get("video"):
+            video = read_video(row["video"], row.get("start_s") or 0.0, row.get("duration_s"))
+        request = Request(text=row.get("text") or row.get("instruction"), audio=audio, video=video,
+                          task=row.get("task"), fields=row,
                           options=self.options, seed=row_seed(self.seed, row["id"]))
         self.generator.check(request)
         return request

@@ -15,7 +15,7 @@ from avray.config import GenerateSettings
 from avray.devices import device_of
 from avray.engine import Generated, Generator, make_request
 from avray.family import Media, Options, Request
-from avray.media import Audio, Fragments, Video, write_audio, write_video
+from avray.media import Audio, Fragments, Video, read_video, write_audio, write_video
 
 SUFFIXES = {Audio: ".wav", Video: ".mp4", str: ".txt"}
 
@@ -25,7 +25,8 @@ def generate(settings: GenerateSettings) -> str:
     assert settings.checkpoint is not None
     generator = Generator.open(settings.checkpoint, device=device_of(settings.device), slots=1,
                                family=settings.family.get("_target_"))
-    request = make_request(settings.prompt, settings.audio, None, settings.task, None, None, options_of(settings),
+    clip = None if settings.video is None else read_video(settings.video)
+    request = make_request(settings.prompt, settings.audio, clip, settings.task, None, None, options_of(settings),
                            settings.seed)
     if settings.sound:
         request = replace(request, fields={"sound": True})

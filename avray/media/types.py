@@ -29,6 +29,10 @@ class Video:
     frame_rate_hz: float
     audio: Audio | None = None
 
+    @property
+    def seconds(self) -> float:
+        return len(self.frames) / self.frame_rate_hz
+
 
 @dataclass(frozen=True)
 class Limits:

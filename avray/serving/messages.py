@@ -67,7 +67,7 @@ class Refusal:
 TEXT_ROUTES = ("/v1/completions", "/v1/audio/transcriptions")
 EMBEDDING_ROUTES = ("/v1/embeddings", "/v1/media/embeddings")
 VIDEO_ROUTES = ("/v1/videos", "/v1/videos/sync")
-Takes = Literal["nothing", "text", "audio", "text+audio"]
+Takes = Literal["nothing", "text", "audio", "text+audio", "video"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Card:
     def routes(self) -> tuple[str, ...]:
         """The HTTP routes that this model answers."""
         asked = any(kind in self.takes for kind in ("nothing", "text"))
-        heard = any(kind in self.takes for kind in ("audio", "text+audio"))
+        heard = any(kind in self.takes for kind in ("audio", "text+audio", "video"))
         routes: tuple[str, ...] = ()
         modalities = set(self.tasks.values()) or {self.modality}
         if "audio" in modalities:

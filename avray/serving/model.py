@@ -27,6 +27,8 @@ from avray.serving.metrics import ReplicaMetrics
 from avray.settings.serve import LimitSettings, ReplicaSettings
 
 Media = TypeVar("Media", Audio, Video)
+SOUND, CLIP = Audio(np.zeros((1, 16_000), np.float32), 16_000), Video(np.zeros((10, 8, 8, 3), np.uint8), 10.0)
+"""A second of each, to ask a family with."""
 PART_S = 0.1
 """Sound of one Part after the first, at least: each costs about a millisecond on its way."""
 REPORT_S = 2.0
@@ -104,11 +106,19 @@ class Model:
 
     def _request(self, ask: Ask) -> Request:
         options = Options(**ask.options)  # type: ignore[arg-type]
-        audio = None if ask.audio is None else decoded(ask.audio, self.settings.limits, read_audio)
-        video = None if ask.video is None else decoded(ask.video, self.settings.limits, read_video)
+        file, clip = ask.audio, ask.video
+        if file is not None and self._sees(ask.task):
+            file, clip = None, file
+        audio = None if file is None else decoded(file, self.settings.limits, read_audio)
+        video = None if clip is None else decoded(clip, self.settings.limits, read_video)
         fields = {name: True for name, asked in (("embedding", ask.embeds), ("sound", ask.sound)) if asked}
         return Request(text=ask.text, audio=audio, video=video, task=ask.task, options=options, seed=ask.seed,
                        fields=fields)
+
+    def _sees(self, task: str | None) -> bool:
+        """Whether a file is a clip to this task."""
+        return _takes(self.engine, Request(video=CLIP, task=task)) and not _takes(self.engine, Request(audio=SOUND,
+                                                                                                     task=task))
 
     async def _parts(self, stream: Stream, in_parts: bool) -> AsyncIterator[Part | Refusal]:
         held: list[Any] = []
@@ -179,10 +189,8 @@ def refusal(error: Exception) -> Refusal:
 
 def make_card(settings: ModelSettings, engine: Engine, checkpoint: Checkpoint) -> Card:
     """Ask the family about a request of each kind, and about each option with the first kind that it takes."""
-    rate = engine.renderer.sample_rate_hz or 16_000
-    sound = Audio(np.zeros((1, rate), np.float32), rate)
-    kinds = {"nothing": Request(), "text": Request(text="a"), "audio": Request(audio=sound),
-             "text+audio": Request(text="a", audio=sound)}
+    kinds = {"nothing": Request(), "text": Request(text="a"), "audio": Request(audio=SOUND),
+             "text+audio": Request(text="a", audio=SOUND), "video": Request(video=CLIP)}
     tasks = dict(getattr(engine.renderer, "tasks", {}))
     asked = [(kind, replace(request, task=task)) for task in tasks or (None,) for kind, request in kinds.items()]
     accepted = [(kind, request) for kind, request in asked if _takes(engine, request)]

@@ -92,7 +92,8 @@ def answer(generator: Generator, asked: Sequence[Asked], options: Options, seed:
     prompts = [read_unit(item.question.prompt) for item in asked]
     requests = [
         Request(text=item.question.text, audio=prompt if isinstance(prompt, Audio) else None,
-                fields=item.question.fields, options=with_seconds(options, item.question.seconds), seed=seed + index)
+                video=prompt if isinstance(prompt, Video) else None, fields=item.question.fields,
+                options=with_seconds(options, item.question.seconds), seed=seed + index)
         for index, (item, prompt) in enumerate(zip(asked, prompts, strict=True))
     ]
     generated = generator.generate_many(requests)

@@ -62,7 +62,7 @@ from avray.family import (
     Row,
     Unit,
 )
-from avray.media import probe
+from avray.media import Video, probe
 from avray.metrics.accumulators import PitchError, audio_metrics
 from avray.nn.conditioning import AdapterConfig
 from avray.nn.dit import DiTConfig
@@ -355,7 +355,8 @@ class Instruct:
                 raise ValueError(f"{name} has no meaning for task {task}; it takes {', '.join(TASKS[task].takes)}.")
         self._generation(request.options)
         for name, media in (("audio", request.audio), ("video", request.video)):
-            if media is not None and media.seconds > self.segment_s + 1e-6:
+            rate_hz = media.frame_rate_hz if isinstance(media, Video) else 1e6  # a clip is as long as its last frame
+            if media is not None and media.seconds > self.segment_s + 1 / rate_hz:
                 raise ValueError(f"{name} holds {media.seconds:.3g} s: this model takes at most {self.segment_s:g}.")
         plain = {"task": task, "instruction": str(request.fields.get("instruction") or TASKS[task].instruction)}
         if "notes" in given:

@@ -63,7 +63,8 @@ def _yin(frames: np.ndarray, window: int, shortest: int, threshold: float, sampl
     left, middle, right = (difference[rows, lag + offset] for offset in (-1, 0, 1))
     curvature = left - 2 * middle + right
     shift = np.divide((left - right) / 2, curvature, out=np.zeros_like(curvature), where=curvature > 0)
-    return np.where(voiced, sample_rate_hz / (lag + np.clip(shift, -1, 1)), np.nan)
+    with np.errstate(divide="ignore"):  # lag 0 of what has no pitch
+        return np.where(voiced, sample_rate_hz / (lag + np.clip(shift, -1, 1)), np.nan)
 
 
 @dataclass(frozen=True)

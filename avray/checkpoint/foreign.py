@@ -13,6 +13,12 @@ from pathlib import Path
 from avray.errors import MissingDependency
 
 
+def kept_path(source: str) -> str:
+    """A local path made absolute, since a checkpoint keeps it and is opened from elsewhere; a hub name as it is."""
+    local = Path(source).expanduser()
+    return str(local.absolute()) if local.exists() else source
+
+
 def find_weights(source: str, key: str, hub: str, revision: str | None = None, download: bool = False,
                  weights: str = "*.safetensors", folder: str = ".") -> Path:
     """The folder or file that ``source``, a path or a hub name, stands for. MissingDependency, naming setting ``key``

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from avray.checkpoint.foreign import digest, find_weights
+from avray.checkpoint.foreign import digest, find_weights, kept_path
 from avray.codecs.dac import Dac
 from avray.codecs.encodec import Encodec24kHz
 from avray.codecs.encodec_48khz import Encodec48kHz
@@ -85,9 +85,8 @@ class Pretrained:
     def __post_init__(self) -> None:
         if self.name not in KINDS:
             raise ValueError(f"codec.name = {self.name}: the codecs with weights are {', '.join(KINDS)}.")
-        if self.path is not None and Path(self.path).expanduser().exists():
-            # A checkpoint keeps this and is opened from elsewhere.
-            object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
+        if self.path is not None:
+            object.__setattr__(self, "path", kept_path(self.path))
         if self.dtype not in DTYPES:
             raise ValueError(f"codec.dtype = {self.dtype}: it is one of {', '.join(DTYPES)}.")
         if self.num_codebooks is not None and self.bandwidth_kbps is not None:

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from avray.checkpoint.foreign import digest, find_weights
+from avray.checkpoint.foreign import digest, find_weights, kept_path
 from avray.codecs.blocks import Blocks, BlockStream, Window
 from avray.codecs.network import NetworkCodec, Rates, exact, mono, numpy
 from avray.codecs.pretrained import open_network
@@ -70,8 +70,7 @@ class Vocoder:
                 raise ValueError(f"codec.{setting} = {getattr(self, setting)} must be above 0.")
         if self.log not in ("log10", "ln"):
             raise ValueError(f"codec.log = {self.log}: it is log10 or ln.")
-        if Path(self.path).expanduser().exists():  # a checkpoint keeps this and is opened from elsewhere
-            object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
+        object.__setattr__(self, "path", kept_path(self.path))
 
     @property
     def needs_fit(self) -> bool:

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from avray.checkpoint.foreign import digest, find_weights
+from avray.checkpoint.foreign import digest, find_weights, kept_path
 from avray.codecs import clip_dct
-from avray.errors import CheckpointError, MissingDependency
+from avray.encoders.opening import cannot_be_opened, open_network
 from avray.media import Video
-from avray.progress import no_weight_bars
 
 HUB = "MCG-NJU/videomae-base"
 KINDS = ("videomae", "timesformer", "clip", "clip_vision_model")
@@ -119,8 +118,7 @@ class ClipStates:
     """Fetch the weights from the hub where they are not at hand."""
 
     def __post_init__(self) -> None:
-        if Path(self.path).expanduser().exists():  # a checkpoint keeps this and is opened from elsewhere
-            object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
+        object.__setattr__(self, "path", kept_path(self.path))
 
     def column_id(self) -> str:
         """MissingDependency where the weights are not at hand: it is their digest."""
@@ -133,25 +131,17 @@ class ClipStates:
         """ValueError for a network that is none of the three, CheckpointError for one that lacks weights."""
         from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
-        folder = self._weights()
+        folder, setting = self._weights(), f"family.video_encoder.path = {self.path}"
         try:
             kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-            if kind not in KINDS:
-                raise ValueError(f"family.video_encoder.path = {self.path}: a {kind} does not see clips; take "
-                                 "VideoMAE, TimeSformer or CLIP.")
-            opened = CLIPVisionModelWithProjection if kind.startswith("clip") else AutoModel
-            with no_weight_bars():
-                model, info = opened.from_pretrained(folder, output_loading_info=True, local_files_only=True,
-                                                     use_safetensors=True, dtype=torch.float32)
         except OSError as error:
-            raise MissingDependency(f"family.video_encoder.path = {self.path} cannot be opened ({error}): it takes a "
-                                    "config.json and *.safetensors.") from error
-        if info["missing_keys"]:
-            raise CheckpointError(f"{folder}: {len(info['missing_keys'])} weights are missing, "
-                                  f"{min(info['missing_keys'])} among them.")
+            raise cannot_be_opened(setting, error) from error
+        if kind not in KINDS:
+            raise ValueError(f"{setting}: a {kind} does not see clips; take VideoMAE, TimeSformer or CLIP.")
+        model = open_network(CLIPVisionModelWithProjection if kind.startswith("clip") else AutoModel, folder, setting)
         front = folder / "preprocessor_config.json"
         settings = json.loads(front.read_text()) if front.is_file() else {}
-        return _States(model.eval().requires_grad_(False).to(device), kind.startswith("clip"), settings)
+        return _States(model.to(device), kind.startswith("clip"), settings)
 
 
 class _States(ClipNetwork):

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from avray.checkpoint.foreign import digest, find_weights
+from avray.checkpoint.foreign import digest, find_weights, kept_path
 from avray.codecs.blocks import Blocks, BlockStream, Window
-from avray.errors import CheckpointError, MissingDependency
-from avray.progress import no_weight_bars
+from avray.encoders.opening import open_network
 
 HUB = "facebook/wav2vec2-base"
 BLOCK_S, CONTEXT_S = 20.0, 2.0
@@ -37,8 +36,7 @@ class HiddenStates:
     """Fetch the weights from the hub where they are not at hand."""
 
     def __post_init__(self) -> None:
-        if Path(self.path).expanduser().exists():  # a checkpoint keeps this and is opened from elsewhere
-            object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
+        object.__setattr__(self, "path", kept_path(self.path))
 
     def column_id(self) -> str:
         """MissingDependency where the weights are not at hand: it is their digest."""
@@ -52,16 +50,7 @@ class HiddenStates:
         from transformers import AutoModel
 
         folder = self._weights()
-        try:
-            with no_weight_bars():
-                model, info = AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True,
-                                                        use_safetensors=True, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise MissingDependency(f"family.encoder.path = {self.path} cannot be opened ({error}): it takes a "
-                                    "config.json and *.safetensors.") from error
-        lacking = sorted(key for key in info["missing_keys"] if "masked_spec_embed" not in key)
-        if lacking:
-            raise CheckpointError(f"{folder}: {len(lacking)} weights are missing, {lacking[0]} among them.")
+        model = open_network(AutoModel, folder, f"family.encoder.path = {self.path}", spare="masked_spec_embed")
         if not hasattr(model.config, "conv_stride"):
             raise ValueError(f"family.encoder.path = {self.path}: a {model.config.model_type} does not read samples; "
                              "take Wav2Vec2, HuBERT, WavLM or one like them.")
@@ -70,7 +59,7 @@ class HiddenStates:
             raise ValueError(f"family.encoder.layer = {self.layer}, but the network has {layers} layers.")
         front = folder / "preprocessor_config.json"
         settings = json.loads(front.read_text()) if front.is_file() else {}
-        return HiddenNetwork(model.eval().requires_grad_(False).to(device), self.layer, settings)
+        return HiddenNetwork(model.to(device), self.layer, settings)
 
 
 class HiddenNetwork:

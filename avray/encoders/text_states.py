@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from avray.checkpoint.foreign import digest, find_weights
-from avray.errors import CheckpointError, MissingDependency
-from avray.progress import no_weight_bars
+from avray.checkpoint.foreign import digest, find_weights, kept_path
+from avray.encoders.opening import cannot_be_opened, open_network
 
 HUB = "google/flan-t5-base"
 
@@ -35,8 +34,7 @@ class TextStates:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"family.text_encoder.max_tokens must be at least 1, got {self.max_tokens}.")
-        if Path(self.path).expanduser().exists():  # a checkpoint keeps this and is opened from elsewhere
-            object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
+        object.__setattr__(self, "path", kept_path(self.path))
 
     def column_id(self) -> str:
         """MissingDependency where the weights are not at hand: it is their digest."""
@@ -48,21 +46,14 @@ class TextStates:
     def load(self, device: torch.device | str) -> TextNetwork:
         from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
-        folder = self._weights()
+        folder, setting = self._weights(), f"family.text_encoder.path = {self.path}"
         try:
             tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            with no_weight_bars():
-                config = AutoConfig.from_pretrained(folder, local_files_only=True)
-                kind = T5EncoderModel if config.model_type == "t5" else AutoModel
-                model, info = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True,
-                                                   use_safetensors=True, dtype=torch.float32)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise MissingDependency(f"family.text_encoder.path = {self.path} cannot be opened ({error}): it takes a "
-                                    "config.json, *.safetensors and a tokeniser.") from error
-        lacking = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-        if lacking:
-            raise CheckpointError(f"{folder}: {len(lacking)} weights are missing, {lacking[0]} among them.")
-        return TextNetwork(model.eval().requires_grad_(False).to(device), tokens, self.max_tokens)
+            raise cannot_be_opened(setting, error, "config.json, *.safetensors and a tokeniser") from error
+        kind = T5EncoderModel if config.model_type == "t5" else AutoModel
+        return TextNetwork(open_network(kind, folder, setting, spare="pooler").to(device), tokens, self.max_tokens)
 
 
 class TextNetwork:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from avray.codecs.blocks import Blocks, BlockStream, Window
 from avray.codecs.network import NetworkCodec, Rates, exact, mono, numpy
 from avray.codecs.pretrained import open_network
 from avray.codecs.rvq import ResidualKMeans, ResidualQuantizer
+from avray.codecs.together import Block, BlockDecoder, in_batches
 from avray.errors import MissingDependency
 from avray.family import Fitted, FrameStream
 
@@ -183,13 +185,18 @@ class VocoderCodec(NetworkCodec):
         latents = numpy(bands.log10() if self.mel.log == "log10" else bands.log())
         return latents[window.before : len(latents) - window.after]
 
-    def decoder(self) -> FrameStream:
-        @exact()
-        def decode(latents: np.ndarray, window: Window) -> np.ndarray:
-            samples = numpy(self.model(self.tensor(latents)[None])[0])
-            return samples[window.before * self.hop_samples : len(samples) - window.after * self.hop_samples]
+    def decoder(self) -> BlockDecoder:
+        return BlockDecoder(self.decode_blocks, self._decode)
 
-        return BlockStream(self.decode_blocks, 1, decode, self.no_samples)
+    @exact()
+    def _decode(self, blocks: Sequence[Block]) -> list[np.ndarray]:
+        made: list[np.ndarray] = []
+        for rows, filled in in_batches(blocks, self.decode_rows):
+            window, hop = rows[0].window, self.hop_samples
+            assert window is not None
+            samples = numpy(self.model(self.tensor(np.stack([row.latents for row in filled]))))
+            made += [*samples[: len(rows), window.before * hop : samples.shape[1] - window.after * hop]]
+        return made
 
     def quantize(self, latents: Float[Tensor, "batch width time"],
                  num_codebooks: int) -> Int[Tensor, "batch codebooks time"]:

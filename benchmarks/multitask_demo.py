@@ -60,11 +60,12 @@ def direction(path: Path) -> str:
     return ("right" if across > 0 else "left") if abs(across) > abs(down) else ("down" if down > 0 else "up")
 
 
-def judge_sounds(generator: Generator) -> dict[str, float]:
+def judge_sounds(generator: Generator, temperature: float | None = None) -> dict[str, float]:
     found: dict[str, list[float]] = {"pitch": [], "round_trip_pitch": [], "level_db": [], "log_mel_distance_db": []}
     for (_, _, midi), row in held_out("audio"):
         prompt = f"{row['instruction']} {row['input']}"
-        sound = generator.generate(prompt, task="audio", seconds=SECONDS, seed=len(found["pitch"])).media
+        sound = generator.generate(prompt, task="audio", seconds=SECONDS, temperature=temperature,
+                                   seed=len(found["pitch"])).media
         assert isinstance(sound, Audio)
         ours, theirs = sound.samples[0], round_trip(row["embedding"])
         found["pitch"].append(cents(ours, sound.sample_rate_hz, midi) <= WITHIN_CENTS)
@@ -74,13 +75,14 @@ def judge_sounds(generator: Generator) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def judge_clips(generator: Generator) -> dict[str, float]:
+def judge_clips(generator: Generator, temperature: float | None = None) -> dict[str, float]:
     right = []
     with tempfile.TemporaryDirectory() as folder:
         for parts, row in held_out("video"):
             path = Path(folder) / "clip.mp4"
             prompt = f"{row['instruction']} {row['input']}"
-            write_video(path, generator.generate(prompt, task="video", seed=len(right)).media)  # type: ignore[arg-type]
+            made = generator.generate(prompt, task="video", temperature=temperature, seed=len(right)).media
+            write_video(path, made)  # type: ignore[arg-type]
             right.append(direction(path) == parts[3])
     return {"direction": float(np.mean(right))}
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from avray.codecs.spectral import Spectral
+from avray.cli import TRAIN, compose
 from avray.data.demo_tasks import task_rows
 from avray.families.multitask import Multitask
 from avray.families.multitask_model import TASKS
 from avray.family import Row
+from avray.registry import family_from_settings
 from benchmarks.measure import interleaved
 
 
@@ -53,7 +54,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    family = Multitask(Spectral(), width=128, num_layers=3)
+    family = family_from_settings(compose(TRAIN, ["experiment=multitask_demo"]).family)
+    assert isinstance(family, Multitask)
     rows = [{**row, "id": str(index), "weight": 1.0} for index, row in enumerate(task_rows())]
     examples = [{**example.fields, "id": example.id, "weight": 1.0} for example in family.segment(rows)]
     fitted = family.fit(iter(examples))

@@ -15,9 +15,11 @@ import json
 import logging
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +33,9 @@ from avray.errors import MissingDependency
 EXCLUDES = ["**/.?*", "**/__pycache__", "**/*.egg-info", "/runs", "/cache"]
 """Of the folder that travels."""
 PATHS = ("data.path", "data.cache", "data.texts", "checkpoint", "audio", "output", "init_from")
+CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk",
+          "ray._private.runtime_env.packaging")
+"""Of Ray's loggers: those that say every file that stays here, and how connections end."""
 RUN_DIR = "run_dir"
 """Of a job's metadata."""
 RETRY_S = 2.0
@@ -80,7 +85,9 @@ def job_of(script: Path, arguments: Sequence[str]) -> Job:
 
 @contextlib.contextmanager
 def connected(cluster: str) -> Iterator[Any]:
-    """A client of the cluster's Jobs. ValueError where there is none."""
+    """A client of the cluster's Jobs. ValueError where there is none, or one that wants another token."""
+    from ray._raylet import AuthenticationTokenLoader
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
@@ -89,26 +96,20 @@ def connected(cluster: str) -> Iterator[Any]:
         def _do_request(self, method: str, endpoint: str, **fields: Any) -> Any:
             return super()._do_request(method, endpoint, timeout=REQUEST_S, **fields)
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it lists every file that stays here
-    with _token(), _tunnel(cluster) if is_file(cluster) else contextlib.nullcontext(cluster) as address:
+    # This user's token, where there is one; RAY_AUTH_MODE, set here, would come too late for a Ray imported before.
+    token = AuthenticationTokenLoader.instance().get_token_for_http_header(ignore_auth_mode=True)
+    with _tunnel(cluster) if is_file(cluster) else contextlib.nullcontext(cluster) as address:
         try:
-            yield Client(address)
+            client = Client(address, headers=token)
+            for name in CHATTY:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield client
         except ConnectionError as error:
             raise ValueError(f"cluster={cluster} does not answer: is it up, and is this the address of its dashboard "
                              f"(port 8265)? ({error})") from None
-
-
-@contextlib.contextmanager
-def _token() -> Iterator[None]:
-    """The token of this user, where there is one, is sent along; a Ray of our own asks for none."""
-    before = os.environ.get("RAY_AUTH_MODE")
-    if (Path.home() / ".ray" / "auth_token").exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("RAY_AUTH_MODE", None)
+        except AuthenticationError as error:
+            raise ValueError(f"cluster={cluster} wants a token, and the one in ~/.ray/auth_token, if any, is another: "
+                             f"bring the one that it was started with. ({str(error).splitlines()[0]})") from None
 
 
 @contextlib.contextmanager
@@ -120,20 +121,24 @@ def _tunnel(cluster: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("ray")), "dashboard", cluster, "--port", str(port)]
-    tunnel = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True)
-    try:
-        for _ in range(240):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5):
-                break
-            if tunnel.poll() is not None:
-                said = " ".join((tunnel.communicate()[0] or "").split())[-400:]
-                raise ValueError(f"cluster={cluster}: no way to its dashboard (ray up {cluster} first?): {said}")
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        tunnel.terminate()
-        tunnel.communicate()
+    # In a session of its own and not into a pipe: the ssh that it starts outlives it, and would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as said:
+        tunnel = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
+                                  start_new_session=True)
+        try:
+            for _ in range(240):
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5):
+                    break
+                if tunnel.poll() is not None:
+                    said.seek(0)
+                    raise ValueError(f"cluster={cluster}: no way to its dashboard (ray up {cluster} first?): "
+                                     f"{' '.join(said.read().split())[-400:]}")
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(tunnel.pid, signal.SIGTERM)
+            tunnel.wait()
 
 
 def run(cluster: str, name: str, job: Job) -> int:

@@ -70,7 +70,7 @@ def start_ray(needs: Needs, address: str | None, no_progress_timeout_s: float, v
     quiet(verbose)
     if not ray.is_initialized():
         if address is not None or os.environ.get("RAY_ADDRESS"):
-            ray.init(address=address or "auto", log_to_driver=verbose)
+            ray.init(address=address or "auto", log_to_driver=verbose, logging_level="ERROR")
         else:
             cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
             ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=verbose, logging_level="ERROR",

@@ -218,10 +218,7 @@ def _bring_summary(client: Any, submission: str, run_dir: str) -> None:
             "(fs.LocalFileSystem(), sys.argv[1]); print(f.open_input_file(p).read().decode())")
     reader = f"{submission}-summary"
     _submit(client, reader, f"python -c {shlex.quote(read)} {shlex.quote(run_dir + '/summary.json')}")
-    for _ in range(120):
-        if client.get_job_status(reader).is_terminal():
-            break
-        time.sleep(0.5)
+    _wait_ended(client, reader)
     log = client.get_job_logs(reader)
     with contextlib.suppress(ValueError):
         summary: Mapping[str, Any] = json.loads(log[log.index("{"):])
@@ -229,6 +226,14 @@ def _bring_summary(client: Any, submission: str, run_dir: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(summary, indent=1))
         print(f"Its summary is in {path.absolute()}", flush=True)
+
+
+def _wait_ended(client: Any, submission: str) -> None:
+    """A minute at most."""
+    for _ in range(120):
+        if client.get_job_status(submission).is_terminal():
+            break
+        time.sleep(0.5)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -241,6 +246,7 @@ def main(arguments: Sequence[str]) -> int:
             return follow(client, submission)
         if word == "stop":
             client.stop_job(submission)
+            _wait_ended(client, submission)
         print(f"{submission}: {client.get_job_status(submission).value}")
     return 0
 

@@ -168,7 +168,9 @@ def authentication(settings: CheckSettings) -> str:
     if settings.cluster is not None and not has_token:
         raise ValueError(f"cluster={settings.cluster} and there is no token, without which whoever reaches its ports "
                          "runs code: ray get-auth-token --generate, and RAY_AUTH_MODE=token on every node.")
-    return "a token is asked for" if mode == "token" else "a Ray of our own, on this machine"
+    if mode == "token":
+        return "a token is asked for"
+    return f"there is a token for {settings.cluster}" if settings.cluster else "a Ray of our own, on this machine"
 
 
 def ports(settings: CheckSettings) -> str:

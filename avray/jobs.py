@@ -86,7 +86,7 @@ def job_of(script: Path, arguments: Sequence[str]) -> Job:
 @contextlib.contextmanager
 def connected(cluster: str) -> Iterator[Any]:
     """A client of the cluster's Jobs. ValueError where there is none, or one that wants another token."""
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 

@@ -64,6 +64,38 @@ def test_one_version_of_ray_everywhere(cluster: dict[str, Any]) -> None:
     assert any("~/avray" in command and "pip install" in command for command in cluster["setup_commands"])
 
 
+def test_what_aws_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By Ray's launcher, of a stand-in for AWS: key, role, subnets, doors, and an instance of each kind of node."""
+    import boto3
+    from moto import mock_aws
+    from ray.autoscaler._private import util
+    from ray.autoscaler._private.aws import config as aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    (tmp_path / ".ssh").mkdir()
+    monkeypatch.setattr(aws.time, "sleep", lambda _: None)
+    for name, value in {"HOME": str(tmp_path), "AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}.items():
+        monkeypatch.setenv(name, value)
+    with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+        read = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+        config = AWSNodeProvider.bootstrap_config(util.prepare_config(read))
+        kinds = AWSNodeProvider.fillout_available_node_types_resources(config)["available_node_types"]
+        assert {name: (kind["resources"]["CPU"], kind["resources"].get("GPU")) for name, kind in kinds.items()} == {
+            "head": (0, None), "cpu": (16, None), "gpu_spot": (8, 1), "gpu": (8, 1), "gpu8": (192, 8)}
+        provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+        for name, kind in kinds.items():
+            provider.create_node(kind["node_config"], {"ray-user-node-type": name}, 1)
+        ec2 = boto3.client("ec2", region_name=read["provider"]["region"])
+        started = [one for group in ec2.describe_instances()["Reservations"] for one in group["Instances"]]
+        assert sorted((one["InstanceType"], one.get("InstanceLifecycle", "kept")) for one in started) == [
+            ("c7i.4xlarge", "spot"), ("g6e.2xlarge", "kept"), ("g6e.2xlarge", "spot"), ("g6e.48xlarge", "kept"),
+            ("m7i.xlarge", "kept")]
+        assert {group["GroupName"] for one in started for group in one["SecurityGroups"]} == {"avray"}
+        group = ec2.describe_security_groups(Filters=[{"Name": "group-name", "Values": ["avray"]}])["SecurityGroups"][0]
+        to_the_world = [(rule["FromPort"], rule["ToPort"]) for rule in group["IpPermissions"] if rule["IpRanges"]]
+        assert to_the_world == [(22, 22)]
+
+
 KUBERAY = sorted((ROOT / "deploy" / "kuberay").glob("*.yaml"))
 
 

@@ -68,6 +68,7 @@ for one in $sees; do
 done
 chmod a+w "$packages" "$venv/bin"
 chown -R "$user" "$packages"/*avray*
+echo 'export RAY_enable_worker_prestart=0' >>"$home/.bashrc"
 ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/throw_away
 mkdir -p /run/sshd
 /usr/sbin/sshd -D -f /dev/null -h /etc/ssh/throw_away -o UsePAM=no -o PasswordAuthentication=no &

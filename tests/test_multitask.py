@@ -18,7 +18,7 @@ from avray.encoders.tokens import open_tokens, read_characters
 from avray.engine import Engine, Generator
 from avray.families.multitask import Multitask, TaskWeights
 from avray.families.multitask_figures import Retrieval
-from avray.families.multitask_losses import hidden_states
+from avray.families.multitask_losses import LENGTH_GROUPS, alike, hidden_states
 from avray.families.multitask_model import TASKS, gaussian_flow_loss
 from avray.family import Options, Request
 from avray.generation.one import generate
@@ -115,6 +115,16 @@ def test_only_the_answer_is_scored_and_padding_changes_nothing():
         apart = sum(float(family.loss(model, one, generator)[name].detach()) for one in alone)
         assert float(together[name].detach()) == pytest.approx(apart, rel=1e-4)
         assert batch.counts[name] == sum(one.counts[name] for one in alone)
+
+
+@pytest.mark.parametrize("needed", [[5], [3, 3, 3], [9, 1, 5, 5, 1, 9, 2], [*range(40, 0, -1)], []])
+def test_rows_of_like_length_go_together(needed):
+    groups = alike(needed)
+    assert len(groups) == LENGTH_GROUPS and sorted(np.concatenate(groups).tolist()) == [*range(len(needed))]
+    steps = sum(len(group) * max(needed[row] for row in group) for group in groups if len(group))
+    ordered = np.sort(np.array(needed, int))
+    equal = sum(len(part) * part.max() for part in np.array_split(ordered, LENGTH_GROUPS) if len(part))
+    assert sum(needed) <= steps <= equal
 
 
 @pytest.mark.parametrize("head", ["mse", "flow"])

@@ -26,7 +26,7 @@ from avray.encoders.clips import ClipNumbers, ClipStates
 from avray.encoders.hidden_states import HiddenStates
 from avray.encoders.tokens import CHARACTERS, Tokens, open_tokens, read_characters, read_tokens
 from avray.families.multitask_figures import Retrieval, figures
-from avray.families.multitask_losses import LENGTH_GROUPS, bigram_loss, embedding_losses, hidden_states, mean_losses
+from avray.families.multitask_losses import alike, bigram_loss, embedding_losses, hidden_states, mean_losses
 from avray.families.multitask_model import (
     EMBEDDED,
     TASKS,
@@ -264,9 +264,9 @@ class Multitask:
                  "as_json": np.array([bool(row.get("as_json")) for row in rows]),
                  "given": np.array([bool(row.get("given")) for row in rows]),
                  "sound": np.array([bool(row.get("sound")) for row in rows])}
-        for index, alike in enumerate(np.array_split(np.argsort(needed, kind="stable"), LENGTH_GROUPS)):
-            longest = max((needed[row] for row in alike), default=0)
-            named |= {f"alike{index}.row": alike, f"alike{index}.step": np.arange(longest)}
+        for index, group in enumerate(alike(needed)):
+            longest = max((needed[row] for row in group), default=0)
+            named |= {f"alike{index}.row": group, f"alike{index}.step": np.arange(longest)}
         counts = dict.fromkeys(self.terms, 0.0)
         for index, task in enumerate(WRITTEN):
             if task in counts:

@@ -4,6 +4,7 @@ guesses lose on the same rows."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,9 +18,26 @@ from avray.families.multitask_rows import scaled
 from avray.family import Batch, Fitted
 from avray.nn.bigram import Bigram
 
-LENGTH_GROUPS = 3
-"""Rows of a batch go through the transformer in so many groups of like length: an answer of one vector needs half the
-steps of a line of code."""
+LENGTH_GROUPS = 4
+"""Rows of a batch go through the transformer in so many groups of like length: an answer of one vector needs half
+the steps of a line of code. On one core a fourth group gained 5 % of the examples a second, six lost it again."""
+
+
+def alike(needed: Sequence[int]) -> list[np.ndarray]:
+    """Indices of the rows in ``LENGTH_GROUPS`` groups, some of which may be empty: those in which padding every row to
+    the longest beside it takes the fewest steps."""
+    order, ends = np.argsort(needed, kind="stable"), np.arange(len(needed) + 1)
+    longest = np.concatenate([[0], np.array(needed, np.int64)[order]])
+    group = np.where(ends[:, None] <= ends, (ends - ends[:, None]) * longest, np.iinfo(np.int64).max // 2)
+    best, begins = group[0], []  # steps of the first rows in so many groups, and where the last of them begins
+    for _ in range(LENGTH_GROUPS - 1):
+        steps = best[:, None] + group
+        begins.append(steps.argmin(0))
+        best = steps.min(0)
+    cuts = [len(needed)]
+    for begin in reversed(begins):
+        cuts.append(int(begin[cuts[-1]]))
+    return np.split(order, cuts[:0:-1])
 
 
 def hidden_states(model: MultitaskModel, batch: Batch) -> Float[Tensor, "batch time width"]:

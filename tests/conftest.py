@@ -24,6 +24,7 @@ SMALL_MACHINE = {
     "RAY_enable_worker_prestart": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 for name, value in SMALL_MACHINE.items():
     os.environ.setdefault(name, value)

@@ -1,5 +1,6 @@
 import dataclasses
 
+import pytest
 import torch
 from torch import nn
 
@@ -26,6 +27,25 @@ def test_a_run_that_can_never_be_scheduled_is_refused_with_the_cure():
     assert "needs 5 logical CPUs" in (plan.refusal({"CPU": 4.0}) or "")
     refusal = Needs(pools=1, trainers=1, trainer_gpus=1).refusal({"CPU": 8.0}) or ""
     assert "needs 1 logical GPUs" in refusal and "lower trainer.num_workers" in refusal
+
+
+def test_workers_that_may_be_fewer_are_counted_so():
+    settings = compose(TRAIN, ["trainer.num_workers=[2,8]", "trainer.max_failures=3"])
+    plan = needs(settings, pools=1)
+    assert plan.cpus == 1 + 8 + 1 and plan.refusal({"CPU": 4.0}) is None
+    assert "2 trainers of 1 CPU" in (plan.refusal({"CPU": 3.0}) or "")
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    (["trainer.num_workers=[2,8]"], "needs trainer.max_failures above 0"),
+    (["trainer.num_workers=[8,2]", "trainer.max_failures=1"], r"trainer.num_workers=\[8,2\] must be the fewest"),
+    (["trainer.num_workers=[0,2]", "trainer.max_failures=1"], "trainer.min_workers must be at least 1"),
+    (["trainer.num_workers=[2,4]", "trainer.max_failures=1", "trainer.cpus_per_worker=0.5"], "must be a whole number"),
+    (["trainer.num_workers=[1,2,3]"], "trainer.num_workers must be a"),
+])
+def test_a_fewest_and_a_most_that_cannot_be(given, words):
+    with pytest.raises(ValueError, match=words):
+        compose(TRAIN, given)
 
 
 class Layers(nn.Module):

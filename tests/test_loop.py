@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from avray.checkpoint import Checkpoint, newest
+from avray.checkpoint import Checkpoint, checkpoints, newest
 from avray.errors import CheckpointError, TrainingFailed
 from avray.train.loop import averaged
 from avray.train.optim import Ema
@@ -82,6 +82,15 @@ def test_nan_stops_with_the_step_and_the_rows(tmp_path):
     _, outcome = run_loop(skipping)
     assert outcome.step == 12
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "skip").values())
+
+
+def test_a_notice_makes_one_checkpoint_in_time(tmp_path):
+    """Nodes that are to be taken away, as each line of figures hears of them: a second one later."""
+    heard = iter([(), ("a",), ("a",), (), ("b", "a")])
+    trainer = {"log_every_steps": 2, "checkpoint_every_steps": 0, "validate_every_steps": 0, "keep_last": 9,
+               "max_steps": 11}
+    run_loop(toy_job(tmp_path, trainer), leaving=lambda: next(heard, ("b", "a")))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step-{step:08d}" for step in (4, 10, 11)]
 
 
 def test_init_from_takes_weights_and_starts_at_step_0(tmp_path):

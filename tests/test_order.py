@@ -81,6 +81,13 @@ def test_workers_that_cannot_share_the_lanes_are_refused_with_the_cure():
         Order((100,), 16).check_workers(2, accumulate=3)
 
 
+def test_as_many_workers_as_share_the_lanes():
+    order = Order((100,), 24)
+    assert order.worker_counts(2, 8) == (2, 3, 4, 6, 8) and order.worker_counts(2, 8, accumulate=4) == (2, 3, 6)
+    with pytest.raises(ValueError, match="which 7 workers cannot share evenly"):
+        order.worker_counts(7, 7)
+
+
 def test_a_thousand_million_rows_cost_no_memory():
     order = Order((10_000,) * 100_000, 256, seed=1)
     assert order.num_rows == 10**9

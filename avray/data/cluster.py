@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
@@ -37,6 +37,8 @@ class Needs:
     trainer_cpus: float = 1.0
     trainer_gpus: float = 0.0
     trials: int = 1
+    fewest_trainers: int | None = None
+    """Where there may be fewer than ``trainers``."""
 
     @property
     def cpus(self) -> float:
@@ -49,6 +51,8 @@ class Needs:
 
     def refusal(self, available: Mapping[str, float]) -> str | None:
         """One sentence with the cure, where these resources can never hold the run."""
+        if self.fewest_trainers is not None:
+            return replace(self, trainers=self.fewest_trainers, fewest_trainers=None).refusal(available)
         parts = (f"{self.pools * self.embed_workers} embedding actors of {self.embed_num_cpus:g} CPU and "
                  f"{self.embed_num_gpus:g} GPU, {self.trainers} trainers of {self.trainer_cpus:g} CPU and "
                  f"{self.trainer_gpus:g} GPU, times {self.trials}, and one CPU for reading")
@@ -72,6 +76,8 @@ def start_ray(needs: Needs, address: str | None, no_progress_timeout_s: float, v
         if address is not None or os.environ.get("RAY_ADDRESS"):
             ray.init(address=address or "auto", log_to_driver=verbose, logging_level="ERROR")
         else:
+            # How often the controller of a training looks after its workers: a start and an end wait for it.
+            os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
             cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
             ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=verbose, logging_level="ERROR",
                      object_store_memory=1 << 30)

@@ -84,6 +84,14 @@ class Order:
                 f"(trainer.batch_size={self.batch_size} over {num_workers} workers)."
             )
 
+    def worker_counts(self, fewest: int, most: int, accumulate: int = 1) -> tuple[int, ...]:
+        """The numbers from ``fewest`` to ``most`` that can share the lanes evenly; ValueError where there is none."""
+        found = tuple(count for count in range(fewest, most + 1)
+                      if self.lanes % count == 0 and self.batch_size // count % accumulate == 0)
+        if not found:
+            self.check_workers(most, accumulate)
+        return found
+
     def block(self, epoch: int, lane: int, round_index: int) -> np.ndarray:
         """int64 ``[block_rows, 2]``: (shard, row in shard) in the order the lane is read; padding is (-1, -1)."""
         start = lane * self.num_rows // self.lanes

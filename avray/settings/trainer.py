@@ -89,8 +89,12 @@ class TrainerSettings:
     """Rows of one optimiser step over all workers and micro-batches (global)."""
     accumulate: int = 1
     """Micro-batches a step."""
-    num_workers: int = 1
-    """Ray Train workers; their number changes neither the batch nor the order of rows."""
+    num_workers: int | tuple[int, int] = 1
+    """Ray Train workers; their number changes neither the batch nor the order of rows. A pair ``[fewest, most]``: as
+    many as the cluster has room for, again after each node that is lost or gained."""
+    resize_interval_s: float = 60.0
+    """Seconds between two looks for more room, where ``num_workers`` is a pair. A resize goes on from the newest
+    checkpoint: longer than the time between two of them."""
     cpus_per_worker: float = 1.0
     """Logical CPUs Ray reserves for each."""
     threads_per_worker: int | None = None
@@ -150,17 +154,27 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         check_at_least("trainer", self, 1, "max_steps", "max_epochs", "stop_at_step", "batch_size", "accumulate",
-                       "num_workers", "threads_per_worker", "validate_max_rows", "log_every_steps", "keep_last")
+                       "min_workers", "threads_per_worker", "validate_max_rows", "log_every_steps", "keep_last")
         check_at_least("trainer", self, 0, "max_failures", "max_skipped", "validate_every_steps", "num_samples",
                        "early_stopping_patience", "sample_every_steps", "checkpoint_every_steps", "keep_every_steps")
-        check_above_zero("trainer", self, "cpus_per_worker", "clip_norm")
+        check_above_zero("trainer", self, "cpus_per_worker", "clip_norm", "resize_interval_s")
         check_fraction("trainer", self, "ema_decay", below_one=True)
         self._check_together()
 
     def _check_together(self) -> None:
         if self.max_steps is None and self.max_epochs is None:
             raise ValueError("trainer.max_steps and trainer.max_epochs are both null; give one, or the run never ends.")
-        smallest = self.num_workers * self.accumulate
+        if self.is_elastic:
+            if self.min_workers > self.max_workers:
+                raise ValueError(f"trainer.num_workers=[{self.min_workers},{self.max_workers}] must be the fewest "
+                                 "workers and the most.")
+            if not self.max_failures:
+                raise ValueError("trainer.num_workers with a fewest and a most needs trainer.max_failures above 0: a "
+                                 "node that is lost is a failure to recover from.")
+            if self.cpus_per_worker % 1:
+                raise ValueError(f"trainer.cpus_per_worker ({self.cpus_per_worker:g}) must be a whole number where "
+                                 "trainer.num_workers has a fewest and a most.")
+        smallest = self.max_workers * self.accumulate
         if self.batch_size < smallest:
             raise ValueError(f"trainer.batch_size ({self.batch_size}) must be at least trainer.num_workers × "
                              f"trainer.accumulate ({smallest}): every micro-batch needs a row.")
@@ -180,6 +194,18 @@ class TrainerSettings:
         for index, hook in enumerate(self.hooks):
             if "_target_" not in hook:
                 raise ValueError(f"trainer.hooks[{index}] needs a _target_, got {dict(hook)}.")
+
+    @property
+    def is_elastic(self) -> bool:
+        return not isinstance(self.num_workers, int)
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
     def device_name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class Board:
@@ -23,5 +24,6 @@ class Board:
 
 def open_board() -> Any:
     """An actor that takes one call at a time: with several, messages overtook each other, and one that came while the
-    list was taken was lost."""
-    return ray.remote(num_cpus=0)(Board).remote()
+    list was taken was lost. It lives on the driver's node, since others may be taken away."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()

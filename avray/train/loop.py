@@ -51,6 +51,8 @@ class Place:
     validation_source: Source
     progress: Callable[[Progress], None] = lambda progress: None
     report: Callable[[Mapping[str, float]], None] = lambda figures: None
+    leaving: Callable[[], tuple[str, ...]] = lambda: ()
+    """Nodes of this group that are about to be taken away; all ranks ask equally often and hear the same."""
     sample: Callable[[Path, int], None] = lambda checkpoint, step: None
     saved: Callable[[Path, int], None] = lambda checkpoint, step: None
     loggers: Callable[[int | None], LoggerGroup] = lambda resume_step: LoggerGroup([])
@@ -115,6 +117,7 @@ class Loop:
         self.stopping = EarlyStopping(trainer.early_stopping_patience)
         self.step = 0
         self.skipped = 0
+        self.leaving: set[str] = set()
         self.validation: Validation | None = None
         run_dir = Path(job.settings.run.dir)
         start = agreed(newest(run_dir) if self.place.rank == 0 else None)
@@ -254,10 +257,16 @@ class Loop:
             assert self.validation is not None
             figures |= self.validation.figures()
         self._tell(figures)
+        noticed = bool(figures) and self._noticed()
         sampling = due(trainer.samples_every) and trainer.num_samples > 0
         stopping = self.stopping.stop
-        if best or sampling or is_last or stopping or (due(trainer.checkpoint_every_steps) and not is_first):
+        if best or sampling or is_last or stopping or noticed or (due(trainer.checkpoint_every_steps) and not is_first):
             self._save(best, sampling)
+
+    def _noticed(self) -> bool:
+        """Whether nodes are to be taken away that were not before: a checkpoint is due while they are there."""
+        before, self.leaving = self.leaving, set(self.place.leaving())
+        return not self.leaving <= before
 
     def _figures(self) -> dict[str, float]:
         window, self.window = self.window, Window()

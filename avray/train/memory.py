@@ -69,7 +69,7 @@ def estimate(family: Family, fitted: Fitted, batch: Batch, settings: TrainerSett
                 family.loss(model, meta, torch.Generator())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    share = settings.num_workers if settings.parallel == "fsdp2" else 1
+    share = settings.min_workers if settings.parallel == "fsdp2" else 1
     return Memory(weights // share, trained // share, MOMENTS.get(settings.optimizer.name, 2) * trained // share,
                   trained // share if settings.ema_decay else 0,
                   sum(base.numel() * base.element_size() for base in kept.values()))

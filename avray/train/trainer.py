@@ -8,8 +8,10 @@ exist is its manifest, and what a restarted group goes on from is the newest of 
 
 from __future__ import annotations
 
+import functools
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from avray.media import Limits
 from avray.registry import family_settings
 from avray.train.board import Listener, Watch
 from avray.train.board_actor import open_board
+from avray.train.elastic import ElasticTrainer
 from avray.train.job import Job
 from avray.train.memory import Memory, count_parameters, estimate
 from avray.train.samples import WAITING, awaited, sample_folder
@@ -63,7 +66,8 @@ def train(settings: TrainSettings, family: Family, prepared: Prepared | None = N
     if prepared is None:
         prepared = prepare_training(family, settings.data, run_dir, settings.logging.progress)
     job = make_job(settings, family, prepared)
-    job.train_order.check_workers(settings.trainer.num_workers, settings.trainer.accumulate)
+    trainer = settings.trainer
+    job.train_order.worker_counts(trainer.min_workers, trainer.max_workers, trainer.accumulate)
     watch = Watch(job, listener)
     outcome = fit(job, prepared.columns, prepared.dataset.limits, watch)
     watch.finish()
@@ -94,7 +98,7 @@ def held_out(job: Job, prepared: Prepared) -> dict[str, Any]:
 def memory_needed(job: Job) -> Memory:
     """An estimate for one worker, from one micro-batch of validation rows on the meta device."""
     trainer = job.settings.trainer
-    size = trainer.batch_size // (trainer.num_workers * trainer.accumulate)
+    size = trainer.batch_size // (trainer.min_workers * trainer.accumulate)
     order = job.validation.order(size, 0, size, shuffle=False)
     rows = gather(job.validation, Cache(job.settings.data.cache), job.columns, order.step(0, 0))
     return estimate(job.family, job.fitted, job.family.collate(rows, job.fitted), trainer)
@@ -123,8 +127,8 @@ def check_device(settings: TrainSettings) -> None:
 
 def needs(settings: TrainSettings, pools: int, trials: int = 1) -> Needs:
     trainer, data = settings.trainer, settings.data
-    return Needs(pools, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus, trainer.num_workers,
-                 trainer.cpus_per_worker, float(trainer.use_gpu), trials)
+    return Needs(pools, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus, trainer.max_workers,
+                 trainer.cpus_per_worker, float(trainer.use_gpu), trials, trainer.min_workers)
 
 
 def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mapping[str, Any]:
@@ -137,12 +141,18 @@ def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mappin
     streaming = bool(cache.missing(job.train, columns))
     # Built anew at each start of the group, from where the newest checkpoint stands then.
     datasets = {"train": lambda: first_blocks(ray.get(reference), limits)} if streaming else {}
+    kind: Callable[..., TorchTrainer] = TorchTrainer
+    if trainer.is_elastic:
+        counts = job.train_order.worker_counts(trainer.min_workers, trainer.max_workers, trainer.accumulate)
+        kind = functools.partial(ElasticTrainer, counts=counts)
     with watch.following(board):
         try:
-            TorchTrainer(
+            kind(
                 work,
-                train_loop_config={"job": reference, "board": board, "streaming": streaming},
+                train_loop_config={"job": reference, "board": board, "streaming": streaming,
+                                   "on_cluster": bool(settings.cluster or os.environ.get("RAY_ADDRESS"))},
                 scaling_config=ScalingConfig(num_workers=trainer.num_workers, use_gpu=trainer.use_gpu,
+                                             elastic_resize_monitor_interval_s=trainer.resize_interval_s,
                                              resources_per_worker={"CPU": trainer.cpus_per_worker,
                                                                    **({"GPU": 1} if trainer.use_gpu else {})}),
                 torch_config=TorchConfig(backend="nccl" if trainer.use_gpu else "gloo"),

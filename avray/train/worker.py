@@ -48,10 +48,13 @@ def work(config: dict[str, Any]) -> None:
         return open_loggers(job.settings.trainer.loggers, Path(job.settings.run.dir), job.settings_record, resume_step)\
             if rank == 0 else LoggerGroup([])
 
-    def tell_all(figures: Mapping[str, Any]) -> None:
+    def tell_figures(figures: Mapping[str, Any]) -> None:
         if rank == 0:
             board.tell.remote("figures", (figures["step"], dict(figures)))
-        report(figures)
+
+    def leaving() -> tuple[str, ...]:
+        notice = ray.train.get_preemption_info() if config["on_cluster"] else None
+        return () if notice is None else tuple(notice.preempted_node_ids)
 
     def sample(checkpoint: Path, step: int) -> None:
         await_samples(Path(job.settings.run.dir), step)
@@ -63,16 +66,14 @@ def work(config: dict[str, Any]) -> None:
         rank=rank, world_size=context.get_world_size(), device=device, train_source=train_source,
         validation_source=PreparedSource(job.validation, job.validation_order, cache, job.columns),
         progress=lambda progress: board.tell.remote("progress", progress),
-        report=tell_all,
+        report=tell_figures,
+        leaving=leaving,
         saved=lambda checkpoint, step: board.tell.remote("saved", (checkpoint, step)),
         sample=sample,
         loggers=loggers,
     )
-    outcome = Loop(job, place).run()
+    outcome = dataclasses.asdict(Loop(job, place).run())
     if rank == 0:
-        ray.get(board.tell.remote("outcome", dataclasses.asdict(outcome)))
-
-
-def report(figures: Mapping[str, Any]) -> None:
-    """A barrier: every rank reports equally often. Ray gets no checkpoint."""
-    ray.train.report(dict(figures))
+        ray.get(board.tell.remote("outcome", outcome))
+    # Once, and no checkpoint: a report waits until the controller looks at its workers, 1.8 s of its 2 s in the mean.
+    ray.train.report({name: value for name, value in outcome.items() if isinstance(value, int | float)})

@@ -34,6 +34,8 @@ def check(settings: SweepSettings, space: Space) -> None:
     for key in space.keys:
         check_key(key, mapping, settings)
     check_values(settings, space, mapping)
+    if settings.trainer.is_elastic:
+        raise ValueError("trainer.num_workers has a fewest and a most: the trials of a sweep take one number.")
     check_scheduler(settings, space)
     check_objectives(settings)
 

@@ -29,8 +29,8 @@ class Room:
 def needs_of(settings: SweepSettings, pools: int, trials: int) -> Needs:
     """Embedding is shared, so its actors count once; ``trials`` drivers and their workers beside them."""
     trainer, data = settings.trainer, settings.data
-    return Needs(pools, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus, trainer.num_workers * trials,
-                 trainer.cpus_per_worker + DRIVER_CPUS / trainer.num_workers, float(trainer.use_gpu))
+    return Needs(pools, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus, trainer.max_workers * trials,
+                 trainer.cpus_per_worker + DRIVER_CPUS / trainer.max_workers, float(trainer.use_gpu))
 
 
 def start(settings: SweepSettings, pools: int, count: int) -> Room:
@@ -38,10 +38,10 @@ def start(settings: SweepSettings, pools: int, count: int) -> Room:
     tune, trainer, verbose = settings.tune, settings.trainer, settings.logging.level == "debug"
     own = settings.cluster is None and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
     cores = os.cpu_count() or 1
-    wanted = min(count, tune.max_concurrent or max(1, int(cores // (trainer.num_workers * trainer.cpus_per_worker))))
+    wanted = min(count, tune.max_concurrent or max(1, int(cores // (trainer.max_workers * trainer.cpus_per_worker))))
     one = needs_of(settings, pools, 1)
     # A Ray of our own counts logical CPUs, as many as the trials asked for; GPUs are there or not.
-    cpus_alone = Needs(one.pools, one.embed_workers, one.embed_num_cpus, 0.0, trainer.num_workers * wanted,
+    cpus_alone = Needs(one.pools, one.embed_workers, one.embed_num_cpus, 0.0, trainer.max_workers * wanted,
                        one.trainer_cpus) if own else Needs()
     start_ray(cpus_alone, settings.cluster, settings.data.no_progress_timeout_s, verbose,
               shared_paths(settings.data, settings.run.dir))
@@ -67,21 +67,21 @@ def room_for(settings: SweepSettings, pools: int, count: int, resources: Mapping
              cores: int | None = None) -> Room:
     """As many as are asked for, as there are trials, and as the CPUs and GPUs hold."""
     tune, trainer, data = settings.tune, settings.trainer, settings.data
-    cpus = trainer.num_workers * trainer.cpus_per_worker + DRIVER_CPUS
+    cpus = trainer.max_workers * trainer.cpus_per_worker + DRIVER_CPUS
     kept = SPARE_CPUS + pools * data.embed_workers * data.embed_num_cpus
     have = resources.get("CPU", 0.0)
     limits = {f"{have - kept:g} of {have:g} CPUs are left for trials": max(1, math.floor((have - kept) / cpus + 1e-6))}
     if trainer.use_gpu:
         gpus = resources.get("GPU", 0.0)
-        limits[f"there are {gpus:g} GPUs"] = max(1, int(gpus // trainer.num_workers))
+        limits[f"there are {gpus:g} GPUs"] = max(1, int(gpus // trainer.max_workers))
     if tune.max_concurrent is not None:
         limits[f"tune.max_concurrent={tune.max_concurrent}"] = tune.max_concurrent
     limits[f"there are {count} trials"] = count
     trials = min(limits.values())
     why = next(reason for reason, limit in reversed(limits.items()) if limit == trials)
-    each = f"{trainer.num_workers} worker{'s' * (trainer.num_workers > 1)} of {trainer.cpus_per_worker:g} CPU" + (
+    each = f"{trainer.max_workers} worker{'s' * (trainer.max_workers > 1)} of {trainer.cpus_per_worker:g} CPU" + (
         " and 1 GPU" if trainer.use_gpu else "")
     said = f"{trials} trial{'s' * (trials > 1)} at a time, as {why}; each takes {each}."
-    if cores is not None and trials * trainer.num_workers > cores:
+    if cores is not None and trials * trainer.max_workers > cores:
         said += f" They share {cores} cores: more at a time will not be faster."
     return Room(trials, said)

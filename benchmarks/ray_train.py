@@ -4,7 +4,7 @@
 
 The 859,520-parameter ``continuation`` on the demo set, everything in the cache, no validation and no samples, one
 thread a worker. The figure is rows a second at steady state: the median of the loop's own windows of ten steps after
-the first two. The bound is torchrun itself: Ray Train adds a process that supervises, and one report a window.
+the first two. The bound is torchrun itself: Ray Train adds a process that supervises, and one report at the end.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Slow:
             with open(self.folder / "counts", "a") as file:
                 print(loop.step, loop.place.world_size, file=file)
         if not (self.folder / "fast").exists():
-            time.sleep(1.0)
+            time.sleep(3.0)
 
 
 def counts(folder: Path) -> list[tuple[int, int]]:

@@ -88,7 +88,8 @@ def test_a_node_goes_and_another_comes(short_folder: Path) -> None:
                "trainer.threads_per_worker=1", "trainer.max_failures=3", "trainer.resize_interval_s=3",
                f"trainer.hooks=[{{_target_: tests.test_elastic.Slow, folder: {short_folder}}}]"]
     with ray_head(short_folder, head, free_port()), ExitStack() as rest:
-        with running(node(head), short_folder):
+        with running(node(head), short_folder) as first:
+            assert first.stdout is not None and any("Ray runtime started" in line for line in first.stdout)
             training = rest.enter_context(running(train(*elastic), short_folder))
             until(lambda: any(number == 4 for _, number in counts(short_folder)), training)
             drain(head, 120)

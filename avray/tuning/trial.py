@@ -10,6 +10,7 @@ goes back to it. The process is used for one trial after another; a trial that R
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import json
 import queue
@@ -173,6 +174,9 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
             outcome.append(error)
         reporter.queue.put(None)
 
+    if not plan.report_saved:
+        for step, loss in validated(folder).items():  # which a killed driver may not have heard; twice does no harm
+            reporter.figures(step, {"validation/loss": loss})
     thread = threading.Thread(target=work, name="avray-trial", daemon=True)
     thread.start()
     try:
@@ -189,6 +193,17 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
     # Only the last line says that it was the last: what is under way has no state.
     ray.tune.report({"seconds": reporter.seconds, "step": max(reporter.losses, default=0),
                      "loss": reporter.losses[max(reporter.losses)] if reporter.losses else float("nan"), **final})
+
+
+def validated(folder: Path) -> dict[int, float]:
+    """The validation losses that a run goes on from, by step."""
+    table, start = folder / "metrics.csv", newest(folder)
+    if start is None or not table.exists():
+        return {}
+    last = int(start.name.rpartition("-")[2])
+    with open(table, newline="") as file:
+        rows = [(int(row["step"]), row.get("validation/loss")) for row in csv.DictReader(file)]
+    return {step: float(loss) for step, loss in rows if loss and 0 < step <= last}
 
 
 def train_trial(plan: Plan, params: Params, folder: Path, reporter: Reporter) -> dict[str, float]:

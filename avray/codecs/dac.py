@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from avray.codecs.blocks import Blocks, BlockStream, Window
 from avray.codecs.network import NetworkCodec, Rates, exact, mono, numpy
-from avray.codecs.together import Block, BlockDecoder, in_batches
+from avray.codecs.together import Block, BlockDecoder
 from avray.family import FrameStream
 
 _ENCODE_FRAMES = 150
@@ -82,15 +82,8 @@ class Dac(NetworkCodec):
 
     @exact()
     def _decode(self, blocks: Sequence[Block]) -> list[np.ndarray]:
-        made: list[np.ndarray] = []
-        for rows, filled in in_batches(blocks, self.decode_rows):
-            window, hop = rows[0].window, self.hop_samples
-            assert window is not None
-            samples = numpy(self.decode_frames(self.tensor(np.stack([row.latents.T for row in filled])))[:, 0])
-            whole = np.zeros((len(filled), len(rows[0].latents) * hop), np.float32)
-            whole[:, : samples.shape[1]] = samples[:, : whole.shape[1]]
-            made += [*whole[: len(rows), window.before * hop : whole.shape[1] - window.after * hop]]
-        return made
+        return self.decode_windows(blocks, lambda latents: numpy(
+            self.decode_frames(self.tensor(latents.transpose(0, 2, 1)))[:, 0]))
 
     def quantize(self, latents: Float[Tensor, "batch width time"],
                  num_codebooks: int) -> Int[Tensor, "batch codebooks time"]:

@@ -7,7 +7,7 @@ own quantiser works; the rest of the ``Codec`` protocol is here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from avray.codecs.rvq import check_codebooks
-from avray.codecs.together import num_rows
+from avray.codecs.together import Block, in_batches, num_rows
 from avray.family import FrameStream
 
 _QUANTIZE_FRAMES = 4096
@@ -76,6 +76,19 @@ class NetworkCodec(ABC):
         with exact():
             pieces = latents.to(self.device, torch.float32).split(_QUANTIZE_FRAMES, dim=2)
             return torch.cat([self.quantize(piece, num_codebooks) for piece in pieces], dim=2)
+
+    def decode_windows(self, blocks: Sequence[Block], decode: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+        """Blocks as long as each other, their context cut off again: ``decode`` takes latents ``[batch, time, width]``
+        to samples ``[batch, n]``; what it lacks of whole frames is silence."""
+        made: list[np.ndarray] = []
+        for rows, filled in in_batches(blocks, self.decode_rows):
+            window, hop = rows[0].window, self.hop_samples
+            assert window is not None
+            samples = decode(np.stack([row.latents for row in filled]))
+            whole = np.zeros((len(filled), len(rows[0].latents) * hop), np.float32)
+            whole[:, : samples.shape[1]] = samples[:, : whole.shape[1]]
+            made += [*whole[: len(rows), window.before * hop : whole.shape[1] - window.after * hop]]
+        return made
 
     def tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)

@@ -30,7 +30,7 @@ from avray.codecs.blocks import Blocks, BlockStream, Window
 from avray.codecs.network import NetworkCodec, Rates, exact, mono, numpy
 from avray.codecs.pretrained import open_network
 from avray.codecs.rvq import ResidualKMeans, ResidualQuantizer
-from avray.codecs.together import Block, BlockDecoder, in_batches
+from avray.codecs.together import Block, BlockDecoder
 from avray.errors import MissingDependency
 from avray.family import Fitted, FrameStream
 
@@ -190,13 +190,7 @@ class VocoderCodec(NetworkCodec):
 
     @exact()
     def _decode(self, blocks: Sequence[Block]) -> list[np.ndarray]:
-        made: list[np.ndarray] = []
-        for rows, filled in in_batches(blocks, self.decode_rows):
-            window, hop = rows[0].window, self.hop_samples
-            assert window is not None
-            samples = numpy(self.model(self.tensor(np.stack([row.latents for row in filled]))))
-            made += [*samples[: len(rows), window.before * hop : samples.shape[1] - window.after * hop]]
-        return made
+        return self.decode_windows(blocks, lambda latents: numpy(self.model(self.tensor(latents))))
 
     def quantize(self, latents: Float[Tensor, "batch width time"],
                  num_codebooks: int) -> Int[Tensor, "batch codebooks time"]:

@@ -20,10 +20,10 @@ import torch
 
 from avray import cluster_file, jobs
 from avray.config import CheckSettings, RunSettings, TrainSettings
-from avray.data.store import Store
 from avray.devices import device_of
 from avray.media import Audio, read_audio, write_audio
 from avray.registry import family_from_settings
+from avray.store import Store
 from avray.train.trainer import needs, train
 
 GIB = 1 << 30

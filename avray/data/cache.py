@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from avray.data.plan import Plan, Shard
-from avray.data.store import Store
 from avray.errors import DataError
 from avray.family import Column
+from avray.store import Store
 
 ARROW_TYPES = {"float16": pa.float16(), "float32": pa.float32(), "uint16": pa.uint16(), "int32": pa.int32()}
 MAX_SHARD_BYTES = 128 << 20

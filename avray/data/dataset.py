@@ -10,10 +10,10 @@ from avray.config import DataSettings, SetSettings, from_mapping
 from avray.data.manifest import Manifest, Reject, load_manifest
 from avray.data.plan import Plan, plan_split
 from avray.data.splits import SplitChoice, assign_splits, choose_split
-from avray.data.store import Store
 from avray.errors import DataError
 from avray.family import Choosy, Family, Row
 from avray.media import Limits
+from avray.store import Store
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import torch
 from avray.data import recipes
 from avray.data.cache import Cache, Claim
 from avray.data.plan import Shard
-from avray.data.store import Store
 from avray.errors import DataError
 from avray.family import Column, Network, Unit
 from avray.media import Limits, read_video, stream_audio
+from avray.store import Store
 
 BATCHED_S = 60.0
 LOOKAHEAD_S = 1.0

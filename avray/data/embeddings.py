@@ -20,10 +20,10 @@ from avray.data.folders import Texts
 from avray.data.plan import Plan
 from avray.data.rows import example_row
 from avray.data.sources import RawRow, Source
-from avray.data.store import Store
 from avray.errors import DataError
 from avray.family import Column, Unit
 from avray.media import read_audio, write_audio
+from avray.store import Store
 
 _WINDOW = re.compile(r"(@[\d.]+-[\d.]+|[_-]?(chunk|part|segment|window)?[_-]?\d+)$", re.IGNORECASE)
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from avray.data.fields import AUDIO_SUFFIXES, VIDEO_SUFFIXES, Unusable
 from avray.data.sources import GroupBy, RawRow, Source, decode
-from avray.data.store import Store
 from avray.data.transcripts import TIMED_SUFFIXES, Flaw, Utterance, parse
+from avray.store import Store
 
 _ABOUT = {"readme", "license", "licence", "copying", "copyright", "attribution", "changelog", "notes", "credits"}
 

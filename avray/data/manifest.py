@@ -22,11 +22,11 @@ from avray.data.fields import MEDIA_FIELDS, Roots, Unusable, normalise
 from avray.data.formats import FORMATS, detect, forced
 from avray.data.probing import MediaFile, Probed, probe_all
 from avray.data.sources import GroupBy, RawRow, Source
-from avray.data.store import Store
 from avray.data.transcripts import TIMED_SUFFIXES
 from avray.errors import DataError
 from avray.family import Row
 from avray.media import AudioInfo, Limits, is_url
+from avray.store import Store
 
 _VARYING = re.compile(r"'[^']*'|\S*[/\d]\S*")
 SLACK_S = 0.1

@@ -21,11 +21,11 @@ from avray.data.embeddings import write_chunks, write_embeddings
 from avray.data.plan import Plan
 from avray.data.rows import example_row
 from avray.data.shared import shared_paths
-from avray.data.store import Store
 from avray.data.stream import Pool, prepare
 from avray.errors import DataError
 from avray.family import Column, Family, Fitted, Row
 from avray.progress import counter
+from avray.store import Store
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from avray.data.store import Store
 from avray.errors import DataError
 from avray.media import AudioInfo, Limits, VideoInfo, content_hash, is_url, probe, probe_video
+from avray.store import Store
 
 _VERSION = 1
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from avray.data.fields import AUDIO_SUFFIXES, VIDEO_SUFFIXES
-from avray.data.store import Store
+from avray.store import Store
 
 GroupBy = Literal["talk", "speaker"]
 

@@ -20,7 +20,6 @@ from avray.data.dataset import open_dataset
 from avray.data.plan import Plan
 from avray.data.rows import gather
 from avray.data.shared import shared_paths
-from avray.data.store import Store
 from avray.data.stream import Pool, prepare
 from avray.devices import device_of
 from avray.engine import Generator
@@ -28,6 +27,7 @@ from avray.errors import DataError
 from avray.evaluation.report import ReportExample, write_report
 from avray.family import ByTask, Family, Judged, Merging, Metric, Options
 from avray.registry import saved_family
+from avray.store import Store
 from avray.train.loggers import read_metrics
 from avray.train.samples import Answer, answer, questions
 from avray.train.validation import checkpoint_loss

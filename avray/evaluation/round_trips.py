@@ -18,11 +18,11 @@ from avray.codecs.base import Codec, CodecConfig
 from avray.codecs.round_trip import round_trip_table
 from avray.config import EvaluateSettings
 from avray.data.dataset import read_rows
-from avray.data.store import Store
 from avray.devices import device_of
 from avray.family import Fitted, Row
 from avray.media import Audio, read_audio, write_audio
 from avray.metrics.pictures import comparison_png
+from avray.store import Store
 
 MAX_SECONDS = 10.0
 FIT_SECONDS = 600.0

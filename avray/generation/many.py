@@ -18,7 +18,6 @@ from avray.config import GenerateSettings
 from avray.data.cluster import Needs, start_ray
 from avray.data.dataset import read_limits
 from avray.data.manifest import load_manifest
-from avray.data.store import Store
 from avray.devices import device_of
 from avray.engine import Generated, Generator
 from avray.errors import DataError
@@ -26,6 +25,7 @@ from avray.family import Options, Request, Row
 from avray.generation.one import options_of, write
 from avray.media import read_audio, read_video
 from avray.progress import counter
+from avray.store import Store
 
 
 class GenerateRows:

@@ -12,7 +12,7 @@ from typing import Any
 from avray import __version__
 from avray.data.cache import Cache
 from avray.data.prepare import enforce, write_lost
-from avray.data.store import Store
+from avray.store import Store
 from avray.train.job import Job
 
 VERSIONS = ("torch", "ray", "numpy", "pyarrow", "transformers")

@@ -29,13 +29,13 @@ from avray.data.cluster import Needs, start_ray
 from avray.data.prepare import Prepared, pool_of, prepare_training
 from avray.data.rows import gather
 from avray.data.shared import shared_paths
-from avray.data.store import Store
 from avray.data.stream import InOrder, block_dataset
 from avray.devices import device_of
 from avray.errors import CheckpointError, DataError, MissingDependency, OutOfMemory, TrainingFailed, WorkerFailed
 from avray.family import Column, Family
 from avray.media import Limits
 from avray.registry import family_settings
+from avray.store import Store
 from avray.train.board import Listener, Watch
 from avray.train.board_actor import open_board
 from avray.train.elastic import ElasticTrainer

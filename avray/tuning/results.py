@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from avray.checkpoint import follow, newest
 from avray.config import ObjectiveSettings, SweepSettings, to_mapping
-from avray.data.store import Store
+from avray.store import Store
 from avray.tuning.journal import Record
 from avray.tuning.space import Space
 from avray.tuning.trial import trial_folder, trial_settings

@@ -21,9 +21,9 @@ import ray.tune
 from omegaconf import OmegaConf
 
 from avray.config import SweepSettings, from_mapping, to_mapping
-from avray.data.store import Store
 from avray.errors import TrainingFailed
 from avray.registry import family_from_settings
+from avray.store import Store
 from avray.tuning import resources
 from avray.tuning.checks import MOVES, below, check, check_folder
 from avray.tuning.journal import Journal

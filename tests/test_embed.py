@@ -12,7 +12,7 @@ import soundfile
 from avray.data.cache import Cache
 from avray.data.embed import MAX_CRASHES, Embedder, Journal, cuts
 from avray.data.order import Order
-from avray.data.plan import Plan, plan_split
+from avray.data.plan import Plan, Shards, plan_split
 from avray.data.rows import from_table, gather, place_of, to_table
 from avray.errors import DataError
 from avray.family import Column, Unit
@@ -149,7 +149,7 @@ Embedder(column(), Cache({str(tmp_path / 'cache')!r})).ensure(plan.shards[0])
     for _ in range(MAX_CRASHES + 2):
         codes.append(subprocess.run([sys.executable, "-c", script], cwd=root, check=False).returncode)
     assert codes == [-signal.SIGKILL] * (MAX_CRASHES + 1) + [0]
-    lost = cache.rejects(Plan("train", (shard,)), [column()])
+    lost = cache.rejects(Plan("train", Shards([shard])), [column()])
     assert {name.split(":")[0] for name in lost} == {Path(victim).stem}
     assert "crashed the process" in next(iter(lost.values()))
     assert not Journal(cache.store).crashes(shard, column())

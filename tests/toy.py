@@ -11,7 +11,7 @@ from torch import nn
 from avray.config import DataSettings, RunSettings, TrainerSettings, TrainSettings, from_mapping
 from avray.data.cache import Cache
 from avray.data.loader import PreparedSource
-from avray.data.plan import Plan, make_shard
+from avray.data.plan import Plan, Shards, make_shard
 from avray.family import Batch, Column, Example, Fitted, Question, Unit
 from avray.train.job import Job
 from avray.train.loop import Loop, Place
@@ -111,7 +111,7 @@ def toy_plan(cache, split="train", recordings=5, examples=7, seed=0, reject=()):
         kept = [None if i in rejects else v for i, v in enumerate(values)]
         cache.write(shard, ToyFamily().columns(None)[0], kept, rejects)
         shards.append(shard)
-    return Plan(split, tuple(shards))
+    return Plan(split, Shards(shards))
 
 
 def toy_job(folder, trainer=None, family=None, run="run", seed=0, **settings):

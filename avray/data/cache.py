@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avray.data.plan import Plan, Shard
+from avray.data.plan import Head, Plan, Shard
 from avray.errors import DataError
 from avray.family import Column
 from avray.store import Store
@@ -54,7 +54,7 @@ class Cache:
     def __reduce__(self) -> tuple[type[Cache], tuple[str, int]]:
         return Cache, (self.store.root, self.kept_bytes)
 
-    def commit(self, shard: Shard, column: Column) -> Commit | None:
+    def commit(self, shard: Shard | Head, column: Column) -> Commit | None:
         """None where the column of this shard is not in the cache."""
         try:
             content = json.loads(self.store.read(f"{_stem(shard, column)}.json"))
@@ -69,16 +69,16 @@ class Cache:
         def has(name: str) -> bool:
             return self.store.exists(name) if present is None else name in present
 
-        return [index for index, shard in enumerate(plan.shards)
+        return [index for index, shard in enumerate(plan.shards.heads())
                 if not all(has(f"{_stem(shard, column)}.json") for column in shard.wants(columns))]
 
     def rejects(self, plan: Plan, columns: Sequence[Column]) -> dict[str, str]:
         """Example id -> reason, for the examples that lost a unit in a committed shard."""
         lost: dict[str, str] = {}
-        for shard in plan.shards:
+        for index, shard in enumerate(plan.shards.heads()):
             for column in shard.wants(columns):
                 commit = self.commit(shard, column)
-                for example in shard.examples if commit and commit.rejects else ():
+                for example in plan.shards[index].examples if commit and commit.rejects else ():
                     for unit in example.units.values():
                         if commit is not None and unit in commit.rejects:
                             lost.setdefault(example.id, commit.rejects[unit])
@@ -225,7 +225,7 @@ class Claim:
         return age_s > STALE_CLAIM_S
 
 
-def _stem(shard: Shard, column: Column) -> str:
+def _stem(shard: Shard | Head, column: Column) -> str:
     return f"shards/{shard.name}/{column.id()}"
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from avray.config import DataSettings, SetSettings, from_mapping
 from avray.data.manifest import Manifest, Reject, load_manifest
-from avray.data.plan import Plan, plan_split
+from avray.data.packed import Rows
+from avray.data.plan import Plan, Shards, plan_split
 from avray.data.splits import SplitChoice, assign_splits, choose_split
 from avray.errors import DataError
-from avray.family import Choosy, Family, Row
+from avray.family import Choosy, Family
 from avray.media import Limits
 from avray.store import Store
 
@@ -21,7 +23,7 @@ class Dataset:
     """Rows with their splits, and what was rejected of them before any decoding."""
 
     manifest: Manifest
-    rows: list[Row]
+    rows: Rows
     limits: Limits
     choice: SplitChoice
     plans: Mapping[str, Plan] = field(default_factory=dict)
@@ -89,7 +91,7 @@ def mixed_manifest(data: DataSettings, limits: Limits) -> Manifest:
                 row.setdefault("task", one.task)
             if digest := row.get("audio_hash"):
                 row["group"] = groups.setdefault(digest, row["group"])
-        merged.rows += manifest.rows
+            merged.rows.append(row)
         merged.rejects += manifest.rejects
         merged.duplicates += manifest.duplicates
     return merged
@@ -97,10 +99,14 @@ def mixed_manifest(data: DataSettings, limits: Limits) -> Manifest:
 
 def refuse(manifest: Manifest, family: Choosy) -> None:
     """Rows that a family has no use for become rejects."""
-    reasons = [(row, family.refusal(row)) for row in manifest.rows]
-    manifest.rows = [row for row, reason in reasons if reason is None]
-    manifest.rejects += [Reject(manifest.source_of(row), row.get("manifest_line", 0), reason)
-                         for row, reason in reasons if reason is not None]
+    kept = array("q")
+    for place, row in enumerate(manifest.rows):
+        reason = family.refusal(row)
+        if reason is None:
+            kept.append(place)
+        else:
+            manifest.rejects.append(Reject(manifest.source_of(place, row), row.get("manifest_line", 0), reason))
+    manifest.keep(kept)
 
 
 def open_dataset(family: Family, data: DataSettings, rejects_path: Path | None = None) -> Dataset:
@@ -117,20 +123,21 @@ def open_dataset(family: Family, data: DataSettings, rejects_path: Path | None =
     return replace(dataset, plans=plans)
 
 
-def plan_parts(family: Family, data: DataSettings, rows: Sequence[Row], split: str) -> Plan:
+def plan_parts(family: Family, data: DataSettings, rows: Rows, split: str) -> Plan:
     """A split's plan: each set, and with ``data.batches=by_task`` each task, in shards of its own; training sets as
     often as they weigh beside the lightest. DataError where no part has an example."""
-    parts: dict[tuple[int, str], list[Row]] = {}
-    for row in rows:
+    parts: dict[tuple[int, str], array[int]] = {}
+    for place, row in enumerate(rows):
         if row["split"] == split:
             task = str(row.get("task") or "") if data.batches == "by_task" else ""
-            parts.setdefault((row.get("set", 0), task), []).append(row)
+            parts.setdefault((row.get("set", 0), task), array("q")).append(place)
     lightest = min((one.weight for one in data.mix), default=1.0)
     tasks = sorted({task for _, task in parts})
     plans, groups, refused = [], [], None
     for (index, task), own in sorted(parts.items(), key=lambda item: item[0]):
         try:
-            plan = plan_split(family, own, split, shard_examples=data.shard_examples, shard_seconds=data.shard_seconds)
+            plan = plan_split(family, rows.pick(own), split, shard_examples=data.shard_examples,
+                              shard_seconds=data.shard_seconds)
         except DataError as error:
             refused = error
             continue
@@ -141,7 +148,7 @@ def plan_parts(family: Family, data: DataSettings, rows: Sequence[Row], split: s
     if not plans:
         assert refused is not None
         raise refused
-    shards = tuple(shard for plan in plans for shard in plan.shards)
+    shards = Shards.joined([plan.shards for plan in plans])
     return Plan(split, shards, tuple(groups) if data.batches == "by_task" else ())
 
 

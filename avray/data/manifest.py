@@ -11,16 +11,18 @@ import json
 import os
 import posixpath
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import fsspec
 
 from avray.data.fields import MEDIA_FIELDS, Roots, Unusable, normalise
 from avray.data.formats import FORMATS, detect, forced
-from avray.data.probing import MediaFile, Probed, probe_all
+from avray.data.naming import SPAN, Duplicate, Naming
+from avray.data.packed import Rows
+from avray.data.probing import MediaFile, Probed, Prober
 from avray.data.sources import GroupBy, RawRow, Source
 from avray.data.transcripts import TIMED_SUFFIXES
 from avray.errors import DataError
@@ -31,6 +33,9 @@ from avray.store import Store
 _VARYING = re.compile(r"'[^']*'|\S*[/\d]\S*")
 SLACK_S = 0.1
 """How far a span may reach beyond its file before it is rejected; durations in manifests are rounded."""
+PROBED_ROWS = 4096
+"""At a time."""
+_SOURCE = "\0source"
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,6 @@ class Reject:
     source: str
     line: int
     reason: str
-
-
-@dataclass(frozen=True)
-class Duplicate:
-    """A row whose media and span are, byte for byte, those of an earlier row."""
-
-    id: str
-    same_as: str
 
 
 @dataclass
@@ -61,16 +58,21 @@ class Manifest:
 
     path: str
     format: str
-    rows: list[Row] = field(default_factory=list)
+    rows: Rows = field(default_factory=Rows)
     rejects: list[Reject] = field(default_factory=list)
     duplicates: list[Duplicate] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict)
-    """The list that each row was read from, by its id."""
+    lists: list[str] = field(default_factory=list)
+    list_of: array[int] = field(default_factory=lambda: array("I"))
+    """For each row the list, by its place in ``lists``, that it was read from."""
 
-    def source_of(self, row: Row) -> str:
-        """The list a row stands in, or its id where it stands in none."""
-        name = str(row["id"])
-        return self.sources.get(name, name) if "manifest_line" in row else name
+    def source_of(self, place: int, row: Row) -> str:
+        """The list that the row at this place stands in, or its id where it stands in none."""
+        return self.lists[self.list_of[place]] if self.list_of and "manifest_line" in row else str(row["id"])
+
+    def keep(self, places: array[int]) -> None:
+        """Only the rows at these places."""
+        self.rows = self.rows.pick(places)
+        self.list_of = array("I", (self.list_of[place] for place in places)) if self.list_of else self.list_of
 
     def write_rejects(self, path: str | os.PathLike[str]) -> None:
         """One JSON object a line: source, line, reason."""
@@ -121,24 +123,14 @@ def load_manifest(
     format, source = detect(source) if format == "auto" else (format, forced(source, format))
     manifest = Manifest(os.fspath(path), format)
     roots = Roots.of(source.store.root, tuple(allowed_roots))
-    rows = _parse(FORMATS[format](source), roots, manifest.rejects, max_samples)
-    media = [MediaFile(row[name], "video" if name == "video" else "audio")
-             for _, row in rows for name in MEDIA_FIELDS if name in row]
-    probed = probe_all(media, limits or Limits(), memo_path, num_threads)
-    spans, sources = [], []
-    for raw, row in rows:
-        try:
-            spans.append(_fill(row, probed))
-            manifest.rows.append(row)
-            sources.append(raw.source)
-        except Unusable as error:
-            manifest.rejects.append(Reject(raw.source, raw.line, str(error)))
-    if not manifest.rows and not manifest.rejects:
+    parsed = _parse(FORMATS[format](source), roots, manifest.rejects, max_samples)
+    filled = _filled(parsed, manifest, Prober(limits or Limits(), memo_path, num_threads))
+    if not filled and not manifest.rejects:
         raise DataError(f"{path} holds no rows.")
-    _name(manifest.rows, spans, roots)
-    manifest.sources = {row["id"]: source for row, source in zip(manifest.rows, sources, strict=True)}
-    _group(manifest.rows, roots)
-    manifest.duplicates = _duplicates(manifest.rows)
+    naming = Naming(roots)
+    naming.look(filled)
+    manifest.rows = Rows(naming.name(filled))
+    manifest.duplicates = naming.duplicates
     return manifest
 
 
@@ -159,11 +151,10 @@ def _locate(path: str, texts: str | None) -> Source:
     return Source(Store(folder), (name,), text_store)
 
 
-def _parse(raw_rows: Iterator[RawRow], roots: Roots, rejects: list[Reject],
-           max_samples: int | None) -> list[tuple[RawRow, Row]]:
-    """Rows under our names, with an id that nobody has yet; the others become rejects."""
-    rows: list[tuple[RawRow, Row]] = []
-    lines: dict[str, RawRow] = {}
+def _parse(raw_rows: Iterable[RawRow], roots: Roots, rejects: list[Reject], max_samples: int | None) -> Rows:
+    """Rows under our names, with an id that nobody has yet, and where they stood; the others become rejects."""
+    rows = Rows()
+    places: dict[int, int] = {}  # by the hash of an id
     for raw in raw_rows:
         if max_samples is not None and len(rows) == max_samples:
             break
@@ -171,14 +162,37 @@ def _parse(raw_rows: Iterator[RawRow], roots: Roots, rejects: list[Reject],
             if raw.reason:
                 raise Unusable(raw.reason)
             row = normalise(raw.fields, roots)
-            if "id" in row and (earlier := lines.setdefault(row["id"], raw)) is not raw:
-                raise Unusable(f"id {row['id']!r} is that of {where(Reject(earlier.source, earlier.line, ''))} already")
+            if "id" in row and (place := places.setdefault(hash(row["id"]), len(rows))) < len(rows):
+                earlier = rows[place]
+                if earlier.get("id") == row["id"]:
+                    known = where(Reject(earlier[_SOURCE], earlier.get("manifest_line", 0), ""))
+                    raise Unusable(f"id {row['id']!r} is that of {known} already")
             if raw.line:
                 row["manifest_line"] = raw.line
-            rows.append((raw, row))
+            rows.append({**row, _SOURCE: raw.source})
         except Unusable as error:
             rejects.append(Reject(raw.source, raw.line, str(error)))
     return rows
+
+
+def _filled(parsed: Rows, manifest: Manifest, prober: Prober) -> Rows:
+    """Rows with what their media say, and the name of their span; the others become rejects."""
+    filled, lists = Rows(), dict[str, int]()
+    for begin in range(0, len(parsed), PROBED_ROWS):
+        rows = parsed[begin : begin + PROBED_ROWS]
+        probed = prober.probe(MediaFile(row[name], "video" if name == "video" else "audio")
+                              for row in rows for name in MEDIA_FIELDS if name in row)
+        for row in rows:
+            source, line = row.pop(_SOURCE), row.get("manifest_line", 0)
+            try:
+                row[SPAN] = _fill(row, probed)
+                filled.append(row)
+                manifest.list_of.append(lists.setdefault(source, len(lists)) if line else 0)
+            except Unusable as error:
+                manifest.rejects.append(Reject(source, line, str(error)))
+    prober.remember()
+    manifest.lists = list(lists)
+    return filled
 
 
 def _fill(row: Row, probed: dict[MediaFile, Probed | str]) -> str:
@@ -203,64 +217,6 @@ def _fill(row: Row, probed: dict[MediaFile, Probed | str]) -> str:
         raise Unusable(f"its span from {start_s:g} to {stop_s:g} s does not lie in the {seconds:.3f} s of the file")
     row["start_s"], row["duration_s"] = start_s, min(stop_s, seconds) - start_s
     return "" if start_s == 0 and stop_s >= seconds - SLACK_S else f"@{start_s:.3f}-{stop_s:.3f}"
-
-
-def _name(rows: Sequence[Row], spans: Sequence[str], roots: Roots) -> None:
-    """An id for each row without one: the path without its suffix, and the span where it is not the whole file. It
-    does not change when rows come after it."""
-    owners: dict[str, str | None] = {row["id"]: None for row in rows if "id" in row}
-    for row, span in zip(rows, spans, strict=True):
-        if "id" in row:
-            continue
-        path = next((row[name] for name in MEDIA_FIELDS if name in row), None)
-        label = roots.label(path) if path else f"line-{row.get('manifest_line', 0):07d}"
-        name = base = posixpath.splitext(label)[0] + span
-        if owners.get(base, label) != label:  # a.wav and a.flac
-            name = base = label + span
-        count = 1
-        while name in owners:
-            count += 1
-            name = f"{base}#{count}"
-        row["id"] = name
-        owners[name] = label
-
-
-def _group(rows: Sequence[Row], roots: Roots) -> None:
-    """A group for each row without one: its media file, shared by all rows whose media are linked by equal bytes (one
-    pair's output is another's input), so that no sound stands on two sides of a split."""
-    leader: dict[str, str] = {}
-
-    def find(digest: str) -> str:
-        while leader.setdefault(digest, digest) != digest:
-            leader[digest] = leader[leader[digest]]
-            digest = leader[digest]
-        return digest
-
-    hashes = [[row[f"{name}_hash"] for name in MEDIA_FIELDS if name in row] for row in rows]
-    for first, *others in filter(None, hashes):
-        for other in others:
-            leader[find(other)] = find(first)
-    names: dict[str, str] = {}
-    for row, digests in zip(rows, hashes, strict=True):
-        if "group" in row and digests:
-            names.setdefault(find(digests[0]), row["group"])
-    for row, digests in zip(rows, hashes, strict=True):
-        if "group" not in row:
-            path = next((row[name] for name in MEDIA_FIELDS if name in row), None)
-            default = posixpath.splitext(roots.label(path))[0] if path else row["id"]
-            row["group"] = names.setdefault(find(digests[0]), default) if digests else default
-
-
-def _duplicates(rows: Sequence[Row]) -> list[Duplicate]:
-    seen: dict[tuple[Any, ...], str] = {}
-    duplicates = []
-    for row in rows:
-        digests = tuple(row.get(f"{name}_hash") for name in MEDIA_FIELDS)
-        if any(digests):
-            first = seen.setdefault((*digests, row["start_s"], row["duration_s"]), row["id"])
-            if first != row["id"]:
-                duplicates.append(Duplicate(row["id"], first))
-    return duplicates
 
 
 def count_reasons(rejects: Sequence[Reject]) -> dict[str, int]:

@@ -104,7 +104,7 @@ class Order:
         permutation, ends = self._line(epoch)
         which = np.searchsorted(ends, positions, side="right")
         block[: len(positions), 0] = permutation[which]
-        block[: len(positions), 1] = positions - (ends[which] - np.asarray(self.shard_rows)[permutation[which]])
+        block[: len(positions), 1] = positions - (ends[which] - self._rows[permutation[which]])
         return block
 
     def blocks(self, epoch: int, first_round: int = 0) -> list[tuple[int, int, int]]:
@@ -123,12 +123,16 @@ class Order:
         """The shards a block needs, in order of first use."""
         return list(dict.fromkeys(int(s) for s in block[:, 0] if s != PADDING))
 
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        return np.asarray(self.shard_rows, np.int64)
+
     def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         cached = self.__dict__.get("_line_cache")
         if cached is None or cached[0] != epoch:
             count = len(self.shard_rows)
             permutation = self._generator(epoch, 0, 0).permutation(count) if self.shuffle else np.arange(count)
-            ends = np.cumsum(np.asarray(self.shard_rows, dtype=np.int64)[permutation])
+            ends = np.cumsum(self._rows[permutation])
             cached = (epoch, permutation, ends)
             self.__dict__["_line_cache"] = cached
         return cached[1], cached[2]

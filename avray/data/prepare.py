@@ -18,7 +18,7 @@ from avray.data.check import describe, render
 from avray.data.cluster import Needs, start_ray
 from avray.data.dataset import Dataset, open_dataset, read_rows
 from avray.data.embeddings import write_chunks, write_embeddings
-from avray.data.plan import Plan
+from avray.data.plan import Plan, Shards
 from avray.data.rows import example_row
 from avray.data.shared import shared_paths
 from avray.data.stream import Pool, prepare
@@ -121,8 +121,9 @@ def embed(plans: list[Plan], columns: list[Column], cache: Cache, data: DataSett
     if data.mode == "prepared":
         require(cache, plans, columns)
         return 0
-    together = Plan("together", tuple({shard.name: shard for plan in plans for shard in plan.shards}.values()))
-    work = prepare(together, columns, cache, pool_of(data), dataset.limits,
+    shards = Shards.joined([plan.shards for plan in plans])
+    once = {head.name: index for index, head in enumerate(shards.heads())}
+    work = prepare(Plan("together", shards.pick(once.values())), columns, cache, pool_of(data), dataset.limits,
                    counter(progress, f"Encoding {what}", "shards"))  # type: ignore[arg-type]
     return work.computed
 
@@ -152,7 +153,7 @@ def sample_shards(plan: Plan, rows: int) -> list[int]:
         if rows <= 0:
             break
         chosen.append(index)
-        rows -= len(plan.shards[index].examples)
+        rows -= plan.shard_rows[index]
     return chosen
 
 

@@ -34,18 +34,30 @@ class Probed:
     hash: str
 
 
-def probe_all(files: Iterable[MediaFile], limits: Limits, memo_path: str | None = None,
-              num_threads: int = 8) -> dict[MediaFile, Probed | str]:
-    """Each file's header and content hash, or the reason why it cannot be used."""
-    todo = list(dict.fromkeys(files))
-    memo = _load(memo_path)
-    known = len(memo)
-    with ThreadPoolExecutor(num_threads) as pool:
-        results = dict(zip(todo, pool.map(lambda file: _probe(file, limits, memo), todo), strict=True))
-    if memo_path is not None and len(memo) > known:
-        folder, name = os.path.split(memo_path)
-        Store(folder).write(name, json.dumps({"version": _VERSION, "files": memo}).encode())
-    return results
+class Prober:
+    """Probes files some at a time, with one memo for all."""
+
+    def __init__(self, limits: Limits, memo_path: str | None = None, num_threads: int = 8) -> None:
+        self.limits, self.memo_path, self.num_threads = limits, memo_path, num_threads
+        self._memo = _load(memo_path)
+        self._known = len(self._memo)
+        self._failed: dict[MediaFile, str] = {}
+
+    def probe(self, files: Iterable[MediaFile]) -> dict[MediaFile, Probed | str]:
+        """Each file's header and content hash, or the reason why it cannot be used."""
+        wanted = list(dict.fromkeys(files))
+        todo = [file for file in wanted if file not in self._failed]
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            found = dict(zip(todo, pool.map(lambda file: _probe(file, self.limits, self._memo), todo), strict=True))
+        self._failed |= {file: reason for file, reason in found.items() if isinstance(reason, str)}
+        return {file: found.get(file) or self._failed[file] for file in wanted}
+
+    def remember(self) -> None:
+        """Write the memo where it has grown."""
+        if self.memo_path is not None and len(self._memo) > self._known:
+            folder, name = os.path.split(self.memo_path)
+            Store(folder).write(name, json.dumps({"version": _VERSION, "files": self._memo}).encode())
+            self._known = len(self._memo)
 
 
 def _probe(file: MediaFile, limits: Limits, memo: dict[str, Any]) -> Probed | str:

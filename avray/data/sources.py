@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
+
+import fsspec
 
 from avray.data.fields import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from avray.store import Store
@@ -56,9 +58,27 @@ def decode(content: bytes) -> tuple[str, bool]:
 
 
 def lines(source: Source, name: str) -> Iterator[tuple[int, str | None]]:
-    """Numbered lines that are not blank; None for one that is not text. Only newlines end a line: U+2028 may stand in
-    JSON."""
-    text, sound = decode(source.store.read(name))
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, None if not sound and "\ufffd" in line else line.rstrip("\r")
+    """Numbered lines that are not blank, as they are read; None for one that is not text. Only newlines end a line:
+    U+2028 may stand in JSON."""
+    path = source.store.path(name)
+    with open(path, "rb") if source.store.is_local else fsspec.open(path, "rb") as file:
+        wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        file.seek(0)
+        for number, (line, sound) in enumerate(_wide_lines(file.read()) if wide else _lines(file), 1):
+            if line.strip():
+                yield number, line.rstrip("\r") if sound else None
+
+
+def _wide_lines(content: bytes) -> Iterator[tuple[str, bool]]:
+    text, sound = decode(content)
+    return ((line, sound or "\ufffd" not in line) for line in text.split("\n"))
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[tuple[str, bool]]:
+    encoding = "utf-8-sig"
+    for piece in pieces:
+        try:
+            yield piece.removesuffix(b"\n").decode(encoding), True
+        except UnicodeDecodeError:
+            yield piece.removesuffix(b"\n").decode(encoding, "replace"), False
+        encoding = "utf-8"

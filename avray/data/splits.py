@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import numpy as np
+
+from avray.data.packed import Rows
 from avray.family import Row
 
 MIN_GROUPS = 5
@@ -44,7 +48,7 @@ def assign_splits(
     rows: Sequence[Row], *, validation_fraction: float = 0.1, seed: int = 0,
     by: Literal["auto", "group", "span"] = "auto", guard_s: float = 2.0, span_s: float = 4.0,
     holdout_groups: Sequence[str] = (),
-) -> list[Row]:
+) -> Rows:
     """Rows with a ``split`` each: train, validation or test.
 
     A row that has a split keeps it, and gives it to the rows of its group that have none. ``holdout_groups`` (names, or
@@ -59,23 +63,24 @@ def assign_splits(
     sides = _given_sides(rows, holdout_groups)
     choice = choose_split(rows, validation_fraction=validation_fraction, by=by, guard_s=guard_s, span_s=span_s,
                           holdout_groups=holdout_groups)
-    free = [row for row in rows if "split" not in row and row["group"] not in sides]
     pieces: dict[str, list[Piece]] = {}
+    draw = None
     if choice.by == "span":
         pieces = {source: cut(low, high, validation_fraction=validation_fraction, guard_s=guard_s, span_s=span_s,
-                              key=f"{seed}:{source}") for source, (low, high) in _extents(free).items()}
-        sides |= {row["group"]: "train" for row in free}
+                              key=f"{seed}:{source}") for source, (low, high) in _extents(_free(rows, sides)).items()}
     else:
         taken = {row.get("split") or sides.get(row["group"], "") for row in rows}
-        sides |= _draw({row["group"] for row in free}, validation_fraction, seed, taken)
-    to_cut = {id(row) for row in free if _can_be_cut(row) and _source(row) in pieces}
-    split_rows: list[Row] = []
+        draw = Draw.of((row["group"] for row in _free(rows, sides)), validation_fraction, seed, taken)
+    split_rows = Rows()
     for row in rows:
-        if id(row) in to_cut:
-            split_rows += _parts(row, pieces[_source(row)])
-        else:
-            given = None if _matches(row["group"], holdout_groups) else row.get("split")
-            split_rows.append({**row, "split": given or sides[row["group"]]})
+        group, free = row["group"], _is_free(row, sides)
+        if free and _can_be_cut(row) and _source(row) in pieces:
+            for part in _parts(row, pieces[_source(row)]):
+                split_rows.append(part)
+            continue
+        given = None if _matches(group, holdout_groups) else row.get("split")
+        drawn = draw.side(group) if draw else "train"
+        split_rows.append({**row, "split": given or sides.get(group) or drawn})
     return split_rows
 
 
@@ -88,35 +93,44 @@ def choose_split(
     what a piece does).
     """
     sides = _given_sides(rows, holdout_groups)
-    free = [row for row in rows if "split" not in row and row["group"] not in sides]
-    num_groups = len({row["group"] for row in free})
-    seconds = [high - low for low, high in _extents(free).values()]
-    can_cut = any(_num_spans(length, validation_fraction, guard_s, span_s) for length in seconds)
     if by == "group":
         return SplitChoice("group", "asked for")
+    groups = array("q", (hash(row["group"]) for row in _free(rows, sides)))
+    num_groups = len(np.unique(np.asarray(groups)))
+    if by == "auto" and not groups:
+        return SplitChoice("group", "given by the data")
+    if by == "auto" and num_groups >= MIN_GROUPS:
+        return SplitChoice("group", f"{num_groups} groups")
+    seconds = [high - low for low, high in _extents(_free(rows, sides)).values()]
+    can_cut = any(_num_spans(length, validation_fraction, guard_s, span_s) for length in seconds)
     if by == "span":
-        if free and validation_fraction and not can_cut:
+        if groups and validation_fraction and not can_cut:
             raise ValueError(f"No recording is long enough to hold out {span_s:g} s with guards of {guard_s:g} s on "
                              "both sides; set data.split_by=group or a smaller data.guard_s.")
         return SplitChoice("span", "asked for")
-    if not free:
-        return SplitChoice("group", "given by the data")
-    if num_groups >= MIN_GROUPS:
-        return SplitChoice("group", f"{num_groups} groups")
     if not can_cut:
         return SplitChoice("group", f"{num_groups} groups, no recording long enough to cut")
-    if any(row.get("text") and "turn" not in row for row in free):
+    if any(row.get("text") and "turn" not in row for row in _free(rows, sides)):
         return SplitChoice("group", f"{num_groups} groups, whose recordings carry texts and so stay whole")
     return SplitChoice("span", f"only {num_groups} groups, and recordings of up to {max(seconds):.0f} s")
 
 
+def _is_free(row: Row, sides: Mapping[str, str]) -> bool:
+    return "split" not in row and row["group"] not in sides
+
+
+def _free(rows: Iterable[Row], sides: Mapping[str, str]) -> Iterator[Row]:
+    """Rows whose side nobody gave."""
+    return (row for row in rows if _is_free(row, sides))
+
+
 def _given_sides(rows: Sequence[Row], holdout_groups: Sequence[str]) -> dict[str, str]:
     """Groups whose side is given: by the user, or by a row of theirs."""
-    names = {row["group"] for row in rows}
     groups: dict[str, str] = {}
     for row in rows:
         if "split" in row:
             groups.setdefault(row["group"], row["split"])
+    names = {row["group"] for row in rows} if holdout_groups else set()
     for pattern in holdout_groups:
         held = {name for name in names if _matches(name, [pattern])}
         if not held:
@@ -135,17 +149,33 @@ def _unit(key: str) -> float:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") / 2**56
 
 
-def _draw(names: set[str], fraction: float, seed: int, taken: set[str]) -> dict[str, str]:
-    """A side for each group; ``taken`` are the sides that other rows are on already."""
-    draws = {name: _unit(f"{seed}:{name}") for name in names}
-    sides = {name: "validation" if draw < fraction else "train" for name, draw in draws.items()}
-    present = taken | set(sides.values())
-    if names and fraction:
-        if "validation" not in present and (len(names) > 1 or "train" in taken):
-            sides[min(draws, key=draws.__getitem__)] = "validation"
-        elif "train" not in present and (len(names) > 1 or "validation" in taken):
-            sides[max(draws, key=draws.__getitem__)] = "train"
-    return sides
+@dataclass(frozen=True)
+class Draw:
+    """A side for each group, by its name alone but for the one that had to be moved; so no list of groups is held."""
+
+    fraction: float
+    seed: int
+    moved: Mapping[str, str]
+
+    @classmethod
+    def of(cls, names: Iterable[str], fraction: float, seed: int, taken: set[str]) -> Draw:
+        """``taken`` are the sides that other rows are on already."""
+        lowest, highest = (math.inf, ""), (-math.inf, "")
+        for name in names:
+            draw = _unit(f"{seed}:{name}"), name
+            lowest, highest = min(lowest, draw), max(highest, draw)
+        moved: dict[str, str] = {}
+        if math.isfinite(lowest[0]) and fraction:
+            several = lowest != highest
+            sides = taken | {"validation" if draw < fraction else "train" for draw, _ in (lowest, highest)}
+            if "validation" not in sides and (several or "train" in taken):
+                moved[lowest[1]] = "validation"
+            elif "train" not in sides and (several or "validation" in taken):
+                moved[highest[1]] = "train"
+        return cls(fraction, seed, moved)
+
+    def side(self, name: str) -> str:
+        return self.moved.get(name) or ("validation" if _unit(f"{self.seed}:{name}") < self.fraction else "train")
 
 
 # Spans -----------------------------------------------------------------------------------------------------------

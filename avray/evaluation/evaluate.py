@@ -17,7 +17,7 @@ from avray.config import DataSettings, EvaluateSettings, from_mapping
 from avray.data.cache import Cache
 from avray.data.cluster import Needs, start_ray
 from avray.data.dataset import open_dataset
-from avray.data.plan import Plan
+from avray.data.plan import Plan, Shards
 from avray.data.rows import gather
 from avray.data.shared import shared_paths
 from avray.data.stream import Pool, prepare
@@ -85,7 +85,7 @@ def data_of(settings: EvaluateSettings, checkpoint: Checkpoint) -> DataSettings:
 def choose(plans: Mapping[str, Plan], split: str) -> Plan:
     """The split's plan; ``all`` is every split together."""
     if split == "all":
-        return Plan("all", tuple(shard for name in sorted(plans) for shard in plans[name].shards))
+        return Plan("all", Shards.joined([plans[name].shards for name in sorted(plans)]))
     if split not in plans:
         raise DataError(f"The data set has no {split} rows; it has {', '.join(sorted(plans))}: choose one by split=.")
     return plans[split]

@@ -61,9 +61,13 @@ class Answer:
 
 def questions(family: Family, plan: Plan, count: int) -> list[Asked]:
     """``count`` examples spread evenly over a split: always the same ones for the same data."""
-    places = [(shard, index) for shard in plan.shards for index in range(len(shard.examples))]
-    chosen = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int))
-    return [Asked(example.id, family.question(example)) for example in (example_at(*places[i]) for i in chosen)]
+    ends = np.cumsum(plan.shard_rows)
+    chosen = np.unique(np.linspace(0, plan.num_examples - 1, min(count, plan.num_examples)).round().astype(int))
+    shards = np.searchsorted(ends, chosen, side="right")
+    within = chosen - (ends - plan.shard_rows)[shards]
+    examples = [example_at(plan.shards[shard], index)
+                for shard, index in zip(shards.tolist(), within.tolist(), strict=True)]
+    return [Asked(example.id, family.question(example)) for example in examples]
 
 
 def example_at(shard: Shard, index: int) -> Example:

@@ -236,6 +236,8 @@ class GenerateSettings(CommandSettings):
         if self.checkpoint is None:
             raise ValueError("checkpoint is missing: give a run or a checkpoint, such as checkpoint=runs/<name>/best.")
         make_absolute(self, "checkpoint", "audio", "video", "output", "embedding")
+        if self.output is not None and "://" in self.output:
+            raise ValueError(f"output={self.output} is a URL: give a local or shared path, and copy it there after.")
         check_above_zero("", self, "seconds")
         check_at_least("", self, 0, "temperature")
         check_at_least("", self, 1, "max_tokens", "count", "top_k", "num_steps", "beams", "slots", "num_workers")

@@ -214,8 +214,7 @@ def exit_code(status: str, driver: int | None) -> int:
 
 def _bring_summary(client: Any, submission: str, run_dir: str) -> None:
     """``run_dir``/summary.json, by a job that prints it, since nobody else need be able to read that folder."""
-    read = ("import sys, pyarrow.fs as fs; f, p = fs.FileSystem.from_uri(sys.argv[1]) if '://' in sys.argv[1] else "
-            "(fs.LocalFileSystem(), sys.argv[1]); print(f.open_input_file(p).read().decode())")
+    read = "import sys, fsspec; print(fsspec.open(sys.argv[1]).open().read().decode())"
     reader = f"{submission}-summary"
     _submit(client, reader, f"python -c {shlex.quote(read)} {shlex.quote(run_dir + '/summary.json')}")
     _wait_ended(client, reader)

@@ -119,13 +119,7 @@ def storage(settings: CheckSettings) -> str:
     said = []
     for key, root in (("data.cache", settings.data.cache), ("run.dir", settings.run.dir)):
         store = Store(str(root))
-        try:
-            store.write("avray-check", b"avray")
-            if store.read("avray-check") != b"avray":
-                raise OSError("what was read is not what was written")
-            store.remove("avray-check")
-        except Exception as error:
-            raise ValueError(f"{key}={root} cannot be written ({error}): give another place.") from error
+        store.check_writable(key)
         free = shutil.disk_usage(root).free if store.is_local else None
         said.append(f"{key} {root}" + ("" if free is None else f" ({free / GIB:.0f} GiB free)"))
         if free is not None and free < LEAST_DISK:

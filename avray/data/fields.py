@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from avray.family import Row
-from avray.media import is_url
+from avray.store import is_url
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "id": ("id", "utt_id", "item_id", "key", "audio_id"),

@@ -16,8 +16,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-import fsspec
-
 from avray.data.fields import MEDIA_FIELDS, Roots, Unusable, normalise
 from avray.data.formats import FORMATS, detect, forced
 from avray.data.naming import SPAN, Duplicate, Naming
@@ -27,8 +25,8 @@ from avray.data.sources import GroupBy, RawRow, Source
 from avray.data.transcripts import TIMED_SUFFIXES
 from avray.errors import DataError
 from avray.family import Row
-from avray.media import AudioInfo, Limits, is_url
-from avray.store import Store
+from avray.media import AudioInfo, Limits
+from avray.store import Store, is_url
 
 _VARYING = re.compile(r"'[^']*'|\S*[/\d]\S*")
 SLACK_S = 0.1
@@ -142,10 +140,10 @@ def _locate(path: str, texts: str | None) -> Source:
         return replace(_locate(path, None), texts=Store(folder), text_names=(name,))
     text_store = Store(texts if is_url(texts) else os.path.abspath(texts)) if texts else None
     path = path.rstrip("/") if is_url(path) else os.path.abspath(path)
-    fs, inner = fsspec.core.url_to_fs(path)
-    if fs.isdir(inner):
+    kind = Store(path).kind()
+    if kind == "folder":
         return Source(Store(path), texts=text_store)
-    if not fs.exists(inner):
+    if kind is None:
         raise DataError(f"{path} does not exist; set data.path to a folder, a manifest or a recording.")
     folder, name = posixpath.split(path)
     return Source(Store(folder), (name,), text_store)

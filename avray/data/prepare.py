@@ -72,6 +72,7 @@ def prepare_all(settings: PrepareSettings, family: Family) -> str:
     """Every row of every split into the cache; returns the line that says what was done."""
     data, run_dir = settings.data, Path(settings.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    Store(data.cache).check_writable("data.cache")
     start_ray(embedding_needs(data), settings.cluster, data.no_progress_timeout_s,
               settings.logging.level == "debug", shared_paths(data, settings.run.dir))
     prepared = prepare_training(family, replace(data, mode="stream"), run_dir, settings.logging.progress)

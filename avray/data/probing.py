@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from avray.errors import DataError
-from avray.media import AudioInfo, Limits, VideoInfo, content_hash, is_url, probe, probe_video
-from avray.store import Store
+from avray.media import AudioInfo, Limits, VideoInfo, content_hash, probe, probe_video
+from avray.store import Store, is_url
 
 _VERSION = 1
 

@@ -11,6 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from avray.config import DataSettings
+from avray.store import Store
 
 WRITTEN = ("run.dir", "data.cache", "data.demo_dir", "output")
 """Settings that name a folder to write to."""
@@ -21,6 +22,12 @@ def shared_paths(data: DataSettings, run_dir: str) -> dict[str, str | None]:
     """What the nodes of one run read and write in common, by setting."""
     demo = {"data.demo_dir": data.demo_dir} if data.path is None else {"data.path": data.path, "data.texts": data.texts}
     return {"run.dir": run_dir, "data.cache": data.cache, **demo}
+
+
+def check_cache(data: DataSettings) -> None:
+    """ValueError where the cache cannot be written, unless nothing will be."""
+    if data.mode != "prepared":
+        Store(data.cache).check_writable("data.cache")
 
 
 def check_shared(paths: Mapping[str, str | None]) -> None:

@@ -19,7 +19,7 @@ from avray.data.cluster import Needs, start_ray
 from avray.data.dataset import open_dataset
 from avray.data.plan import Plan, Shards
 from avray.data.rows import gather
-from avray.data.shared import shared_paths
+from avray.data.shared import check_cache, shared_paths
 from avray.data.stream import Pool, prepare
 from avray.devices import device_of
 from avray.engine import Generator
@@ -47,6 +47,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     plan = choose(dataset.plans, settings.split)
     columns, cache = family.columns(checkpoint.fitted), Cache(data.cache)
     if cache.missing(plan, columns):
+        check_cache(replace(data, mode="stream"))
         start_ray(Needs(1, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus), settings.cluster,
                   data.no_progress_timeout_s, shared=shared_paths(data, settings.run.dir))
         pool = Pool(data.embed_workers, data.embed_num_cpus, data.embed_num_gpus)

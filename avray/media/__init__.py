@@ -8,11 +8,11 @@ promised. Whatever is wrong with a file comes out as one sentence in a DataError
 from avray.media.clips import joined, read_video, rescaled
 from avray.media.identity import content_hash
 from avray.media.reading import probe, probe_video, read_audio, stream_audio
-from avray.media.types import Audio, AudioInfo, Limits, Video, VideoInfo, is_url, resampled_length
+from avray.media.types import Audio, AudioInfo, Limits, Video, VideoInfo, resampled_length
 from avray.media.writing import Fragments, write_audio, write_video
 
 __all__ = [
-    "Audio", "AudioInfo", "Fragments", "Limits", "Video", "VideoInfo", "content_hash", "is_url", "joined", "probe",
+    "Audio", "AudioInfo", "Fragments", "Limits", "Video", "VideoInfo", "content_hash", "joined", "probe",
     "probe_video", "read_audio", "read_video", "resampled_length", "rescaled", "stream_audio", "write_audio",
     "write_video",
 ]

@@ -7,7 +7,7 @@ import hashlib
 import fsspec
 
 from avray.errors import DataError
-from avray.media.types import is_url
+from avray.store import is_url
 
 
 def content_hash(path: str) -> str:

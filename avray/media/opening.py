@@ -13,7 +13,8 @@ import fsspec
 import soundfile as sf
 
 from avray.errors import DataError, MissingDependency
-from avray.media.types import Limits, is_url
+from avray.media.types import Limits
+from avray.store import is_url
 
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (8, b"WAVE", "wav"), (0, b"fLaC", "flac"), (0, b"OggS", "ogg"), (0, b"ID3", "mp3"), (0, b"FORM", "aiff"),

@@ -102,11 +102,6 @@ class VideoInfo:
     has_audio: bool
 
 
-def is_url(path: str) -> bool:
-    """True for ``scheme://…``, which fsspec opens; everything else is a local path."""
-    return "://" in path
-
-
 def resampled_length(num_frames: int, source_hz: int, target_hz: int) -> int:
     """How many samples ``num_frames`` at one rate are at another: what every reader here keeps to."""
     return round(num_frames * target_hz / source_hz)

@@ -12,7 +12,8 @@ import fsspec
 import numpy as np
 import soundfile as sf
 
-from avray.media.types import Audio, Video, is_url
+from avray.media.types import Audio, Video
+from avray.store import is_url
 
 _FORMATS = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "mp3": ("MP3", "MPEG_LAYER_III"),
             "ogg": ("OGG", "VORBIS"), "opus": ("OGG", "OPUS")}

@@ -28,7 +28,7 @@ from avray.data.cache import Cache
 from avray.data.cluster import Needs, start_ray
 from avray.data.prepare import Prepared, pool_of, prepare_training
 from avray.data.rows import gather
-from avray.data.shared import shared_paths
+from avray.data.shared import check_cache, shared_paths
 from avray.data.stream import InOrder, block_dataset
 from avray.devices import device_of
 from avray.errors import CheckpointError, DataError, MissingDependency, OutOfMemory, TrainingFailed, WorkerFailed
@@ -60,6 +60,7 @@ def train(settings: TrainSettings, family: Family, prepared: Prepared | None = N
     run_dir = Path(settings.run.dir)
     check_run_dir(run_dir, settings)
     check_device(settings)
+    check_cache(settings.data)
     Store(str(run_dir)).write("config.yaml", OmegaConf.to_yaml(to_mapping(settings)).encode())
     start_ray(needs(settings, len(family.columns(None))), settings.cluster, settings.data.no_progress_timeout_s,
               settings.logging.level == "debug", shared_paths(settings.data, settings.run.dir))

@@ -21,6 +21,7 @@ import ray.tune
 from omegaconf import OmegaConf
 
 from avray.config import SweepSettings, from_mapping, to_mapping
+from avray.data.shared import check_cache
 from avray.errors import TrainingFailed
 from avray.registry import family_from_settings
 from avray.store import Store
@@ -50,6 +51,7 @@ def sweep(settings: SweepSettings) -> str:
     settings = recorded(settings) if settings.resume else settings
     space = read_space(settings.tune.space)
     check(settings, space)
+    check_cache(settings.data)
     default = default_params(space, to_mapping(settings)) if settings.tune.include_default else None
     trials = known_trials(settings, space, default)
     count = len(trials) if trials is not None else settings.tune.num_samples

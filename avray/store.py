@@ -53,6 +53,18 @@ class Store:
     def path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
 
+    def inner(self, name: str) -> str:
+        """The path as the file system itself has it, without a scheme."""
+        return self.path(name) if self.is_local else str(self.fs._strip_protocol(self.path(name)))
+
+    def arrow(self) -> Any:
+        """The file system as Arrow takes it; None for a local one."""
+        if self.is_local:
+            return None
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        return PyFileSystem(FSSpecHandler(self.fs))
+
     def exists(self, name: str) -> bool:
         return os.path.exists(self.path(name)) if self.is_local else bool(self.fs.exists(self.path(name)))
 
@@ -67,11 +79,12 @@ class Store:
         except Exception as error:  # each store has errors of its own
             raise DataError(f"{self.root} cannot be read ({reason(error)}): {CURE}.") from error
 
-    def read(self, name: str) -> bytes:
-        """FileNotFoundError where it is not there."""
+    def read(self, name: str, at_most: int | None = None) -> bytes:
+        """All of it, or the first ``at_most`` bytes. FileNotFoundError where it is not there."""
         if self.is_local:
-            return Path(self.path(name)).read_bytes()
-        return bytes(self.fs.cat_file(self.path(name)))
+            with open(self.path(name), "rb") as file:
+                return file.read(at_most)
+        return bytes(self.fs.cat_file(self.path(name), end=at_most))
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Whole or absent, also when killed: a temporary name and a rename, or an object store's single put."""

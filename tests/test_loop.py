@@ -187,11 +187,11 @@ def test_a_checkpoint_waits_for_its_samples(tmp_path):
     job = toy_job(tmp_path, {"max_steps": 6, "checkpoint_every_steps": 1, "keep_last": 1, "sample_every_steps": 6,
                              "num_samples": 1})
     run_dir = Path(job.settings.run.dir)
-    run_loop(job, sample=lambda checkpoint, step: await_samples(run_dir, step))
-    assert {path.name for path in awaited(run_dir)} == {"step-00000000", "step-00000006"}
+    run_loop(job, sample=lambda checkpoint, step: await_samples(str(run_dir), step))
+    assert {path.name for path in awaited(str(run_dir))} == {"step-00000000", "step-00000006"}
     assert {"step-00000000", "step-00000006"} <= {path.name for path in checkpoints(run_dir)}
     (sample_folder(run_dir, 0) / WAITING).unlink()
-    assert {path.name for path in awaited(run_dir)} == {"step-00000006"}
+    assert {path.name for path in awaited(str(run_dir))} == {"step-00000006"}
 
 
 def test_a_tied_weight_is_averaged_under_both_its_names():

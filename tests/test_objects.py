@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import s3fs
+import torch
 
+import avray.checkpoint as ck
+from avray.checkpoint import Checkpoint, Content, remote
+from avray.checkpoint.store import digest
 from avray.data.cache import Cache
 from avray.data.embed import Embedder
 from avray.data.manifest import load_manifest
 from avray.data.plan import plan_split
-from avray.errors import DataError, MissingDependency
+from avray.errors import CheckpointError, DataError, MissingDependency
+from avray.mirror import Mirror, mirrored, working_copy
 from avray.store import Store
+from avray.train.samples import await_samples, awaited, no_longer_await
 from tests.commands import tones
 from tests.objects import BUCKET, s3_on_loopback
 from tests.toy import ToyFamily
@@ -80,3 +87,159 @@ def test_recordings_and_cache_by_url(s3: Mapping[str, str], tmp_path: Path) -> N
     store.write(name, store.read(name)[:-1])
     with pytest.raises(DataError, match="damaged"):
         Cache(store.root).read(plans[0].shards[0], column)
+
+
+# ── checkpoints ──────────────────────────────────────────
+
+
+@pytest.fixture
+def run(s3: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """The URL of a run that is not there yet, seen from a node that has nothing local."""
+    on_node(tmp_path / "node", monkeypatch)
+    return f"s3://{BUCKET}/runs/{request.node.name[:40]}"
+
+
+def on_node(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on we are a node whose own files lie in ``folder``."""
+    monkeypatch.setenv("AVRAY_CACHE", str(folder))
+
+
+def content(value: float) -> Content:
+    tensor = torch.full((3,), value)
+    return Content({"w": tensor, "b": torch.ones(2)}, {"name": "toy"}, trainer={"moment": tensor},
+                   unchanging=frozenset({"b"}))
+
+
+def save(run: str, step: int, links: tuple[str, ...] = ("last",), seed: int = 0) -> Path:
+    """A checkpoint as rank 0 makes it; the tensor tells which."""
+    folder = ck.save(working_copy(run), step, content(float(step + seed)), links)
+    remote.publish(run, folder)
+    return folder
+
+
+def opened(path: str) -> float:
+    return float(Checkpoint.open(path).weights()["w"][0])
+
+
+def test_a_checkpoint_by_url_is_opened_anywhere(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(run, 1, ("last", "best"))
+    save(run, 2)
+    assert Store(run).read("best") == b"checkpoints/step-00000001\n"
+    s3fs.S3FileSystem().copy(f"{run}/checkpoints/step-00000002", f"{BUCKET}/copied/two", recursive=True)
+    base = next(name for name in Store(run).list("checkpoints") if "base-" in name)
+    s3fs.S3FileSystem().copy(f"{run}/{base}", f"{BUCKET}/copied/{base.rpartition('/')[2]}")
+    on_node(tmp_path / "other", monkeypatch)
+    assert [opened(run + end) for end in ("", "/", "/best", "/last", "/checkpoints/step-00000002")] == [1, 1, 1, 2, 2]
+    assert opened(f"s3://{BUCKET}/copied/two") == 2
+    copy = Checkpoint.open(f"{run}/last")
+    assert copy.trainer_state() is None, "which generating does not need, and does not fetch"
+    assert float(Checkpoint.open(remote.fetch(f"{run}/last", trainer=True)).trainer_state()["moment"][0]) == 2
+    assert sorted(copy.weights()) == ["b", "w"]
+    save(run, 2, seed=7)  # the same step once more: a copy is not taken for it
+    on_node(tmp_path / "node", monkeypatch)
+    assert opened(f"{run}/last") == 9
+    for path, message in {f"{run}/checkpoints/step-00000003": "does not exist.*step-00000002: give it",
+                          f"{run}/nothing": "does not exist", f"s3://{BUCKET}": "has no manifest.json",
+                          f"{run}/checkpoints/step-00000002/model.safetensors": "weights without the model"}.items():
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoint.open(path)
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each put of the second checkpoint fails in its turn: the first stays the newest, until the second is whole."""
+    save(run, 1, ("last", "best"))
+    before, puts = Store(run).list(""), []
+
+    def put(real):
+        def counted(store: Store, name: str, content: object) -> None:
+            if len(puts) == allowed:
+                raise KeyboardInterrupt
+            puts.append(name)
+            real(store, name, content)
+        return counted
+
+    folder = ck.save(working_copy(run), 2, content(2))
+    with monkeypatch.context() as killed:
+        killed.setattr(Store, "upload", put(Store.upload))
+        killed.setattr(Store, "write", put(Store.write))
+        for allowed in (0, 1, 5, 8, 9):  # of 8 files, the manifest and last
+            puts.clear()
+            with pytest.raises(KeyboardInterrupt):
+                remote.publish(run, folder)
+            assert len(puts) == allowed
+            assert remote.newest(run) == f"checkpoints/step-0000000{2 if allowed > 8 else 1}"
+            assert opened(f"{run}/last") == 1
+            if allowed <= 8:
+                assert remote.sweep(run) == (["checkpoints/step-00000002"] if puts else [])
+                assert Store(run).list("") == before
+    remote.publish(run, folder)
+    assert puts[-1] == "checkpoints/step-00000002/manifest.json"
+    assert opened(f"{run}/last") == 2 and remote.sweep(run) == []
+
+
+def test_damage_is_named_and_nothing_else_taken(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(run, 1)
+    save(run, 2)
+    store, name = Store(run), "checkpoints/step-00000002/model.safetensors"
+    whole = store.read(name)
+    on_node(tmp_path / "other", monkeypatch)
+    store.write(name, whole[:-1] + b"!")
+    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+        Checkpoint.open(run)
+    store.write(name, whole[:-1])
+    for call in (lambda: Checkpoint.open(run), lambda: remote.newest(run)):
+        with pytest.raises(CheckpointError, match=f"{name} has {len(whole) - 1} bytes in place of {len(whole)}"):
+            call()
+    store.write(name, whole)
+    manifest = json.loads(store.read("checkpoints/step-00000002/manifest.json"))
+    manifest["files"]["../../../x"] = manifest["files"]["model.safetensors"]
+    manifest["sha256"] = digest(manifest)
+    store.write("checkpoints/step-00000002/manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(CheckpointError, match="not a file of this folder"):
+        Checkpoint.open(run)
+
+
+def test_pruning_and_going_on_elsewhere(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the store has is what counts: a copy's own leftovers are no ground to go on from."""
+    for step, links in ((1, ("last", "best")), (2, ("last",)), (3, ("last",)), (4, ("last",)), (5, ("last",))):
+        folder = save(run, step, links)
+    await_samples(run, 3)
+    assert remote.prune(run, 1, 4, awaited(run)) == ["step-00000002"]
+    no_longer_await(run, 3)
+    assert remote.prune(run, 1, 4, awaited(run)) == ["step-00000003"]
+    assert {name.split("/")[1] for name in Store(run).list("checkpoints") if "step-" in name} == {
+        f"step-0000000{step}" for step in (1, 4, 5)}
+    ck.save(working_copy(run), 6, content(6))  # killed before it was published
+    remote.restore(run)
+    assert ck.newest(working_copy(run)) == folder
+    on_node(tmp_path / "other", monkeypatch)
+    remote.restore(run)
+    found = ck.newest(working_copy(run))
+    assert found is not None and found.name == "step-00000005" and Checkpoint.open(found).trainer_state() is not None
+    save(run, 6)
+    assert opened(f"{run}/best") == 1 and opened(f"{run}/last") == 6
+
+
+def test_what_a_process_writes_beside_checkpoints(run: str, tmp_path: Path) -> None:
+    (working_copy(run) / "old").mkdir(parents=True)
+    with pytest.raises(DataError), mirrored(run) as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "samples").mkdir()
+        (folder / "samples" / "a.wav").write_bytes(b"a")
+        (folder / ".hidden").write_bytes(b"")
+        save(run, 1)
+        raise DataError("It failed, and what there is stays to be looked at.")
+    assert {name for name in Store(run).list("") if "step-" not in name and "base-" not in name} == {
+        "samples/a.wav", "last"}
+    mirror = Mirror(run, ("metrics",))
+    (folder / "metrics.csv").write_text("step\n")
+    (folder / "other").write_text("of another process")
+    mirror.push()
+    assert Store(run).exists("metrics.csv") and not Store(run).exists("other")
+    (folder / "metrics.csv").write_text("step\n1\n2\n")
+    remote.restore_file(run, "metrics.csv")
+    assert (folder / "metrics.csv").read_text() == "step\n"
+    with mirrored(str(tmp_path / "local" / "run")) as local:
+        assert local == tmp_path / "local" / "run" and local.is_dir()
+    with pytest.raises(ValueError, match=r"run.dir=s3://nobody/run cannot be written"), mirrored("s3://nobody/run"):
+        pass

@@ -14,17 +14,18 @@ rename. So a kill at any moment leaves the checkpoint before untouched and at mo
         README.md                                the model card
         manifest.json                            format version, step, figures; bytes and SHA-256 of all
 
-The folder is flat, so no name in a manifest is ever a path. Local file systems for now: what a store has to
-do (write, rename, list, link) stands in ``store.py`` and ``writing.py`` alone.
+The folder is flat, so no name in a manifest is ever a path. On an object store the same lies below a URL; what is
+another there stands in ``remote.py``.
 """
 
 from avray.checkpoint.background import AsyncSaver
 from avray.checkpoint.reading import Checkpoint
 from avray.checkpoint.state import FlatState, flatten_state, unflatten_state
-from avray.checkpoint.store import FORMAT_VERSION, checkpoints, follow, newest, point, prune, resolve, sweep
+from avray.checkpoint.store import FOLDER, FORMAT_VERSION, checkpoints, follow, newest, point, prune, resolve, sweep
 from avray.checkpoint.writing import Content, refuse_code, save
 
 __all__ = [
+    "FOLDER",
     "FORMAT_VERSION",
     "AsyncSaver",
     "Checkpoint",

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from avray.checkpoint import store
+from avray.checkpoint.remote import fetch
 from avray.checkpoint.state import unflatten_state
 from avray.checkpoint.store import (
     EMA,
@@ -32,6 +33,7 @@ from avray.checkpoint.store import (
 from avray.checkpoint.writing import MAX_HEADER_BYTES, refuse_code
 from avray.errors import CheckpointError
 from avray.family import Fitted
+from avray.store import is_url
 
 Which = Literal["best", "model", "ema"]
 Documents = dict[str, dict[str, Any]]
@@ -54,7 +56,14 @@ class Checkpoint:
     def open(cls, path: Path | str, verify: bool = True) -> Checkpoint:
         """Open a run, a link or a folder (see :func:`avray.checkpoint.resolve`), and check the SHA-256 of
         each file that generating needs unless ``verify`` is off. CheckpointError names the file that is
-        damaged, and another checkpoint of the run where there is one; that one is never taken instead."""
+        damaged, and another checkpoint of the run where there is one; that one is never taken instead. Of a URL,
+        this node's copy is opened, fetched first where it is not there."""
+        if is_url(path):
+            copy = fetch(str(path))
+            try:
+                return cls._open(copy, verify)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} It is a copy of {path}: remove it to have it fetched again.") from error
         folder = resolve(path)
         try:
             return cls._open(folder, verify)

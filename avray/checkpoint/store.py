@@ -14,17 +14,19 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from avray.errors import CheckpointError
+from avray.mirror import CHECKPOINTS
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
-FOLDER = "checkpoints"
+FOLDER = CHECKPOINTS
 MAX_JSON_BYTES = 64 << 20
+MAX_POINTER_BYTES = 200
 WEIGHTS = (
     "model.safetensors",
     "fitted.safetensors",
@@ -36,6 +38,7 @@ WEIGHTS = (
 EMA = "ema.safetensors"
 TRAINER = ("trainer.safetensors", "trainer.json")
 
+LINKS = ("best", "last")
 BASE = re.compile(r"base-[0-9a-f]{64}\.safetensors")
 """Weights that do not change during a run, beside its checkpoints and named by their SHA-256."""
 
@@ -80,7 +83,12 @@ def _step_folders(run_dir: Path | str) -> list[Path]:
 
 
 def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    return step_of(folder.name)
+
+
+def step_of(name: str) -> int:
+    """Of ``step-00000100``."""
+    return int(name.removeprefix("step-"))
 
 
 def _is_whole(folder: Path) -> bool:
@@ -106,9 +114,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     and opening it says that avray has to be upgraded.
     """
     manifest = read_json(folder / MANIFEST)
+    for name, num_bytes in listed(manifest, str(folder / MANIFEST)).items():
+        path = folder / name
+        if name in TRAINER and not path.exists():
+            continue
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing.")
+        if path.stat().st_size != num_bytes:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes in place of {num_bytes}.")
+    if (base := manifest.get("base")) is not None:
+        base_path(folder, base["name"])
+    return manifest
+
+
+def listed(manifest: Mapping[str, Any], where: str) -> dict[str, int]:
+    """The files that a manifest lists and their bytes. CheckpointError where it is damaged, or names what is no file of
+    its own folder."""
     try:
         if manifest["sha256"] != digest(manifest):
-            raise CheckpointError(f"{folder / MANIFEST} is damaged: its SHA-256 does not fit.")
+            raise CheckpointError(f"{where} is damaged: its SHA-256 does not fit.")
         if not isinstance(manifest["format_version"], int) or not isinstance(manifest["step"], int):
             raise TypeError("format_version and step are whole numbers")
         sizes = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
@@ -116,20 +140,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if base is not None and not BASE.fullmatch(base["name"]):
             raise ValueError(f"{base['name']!r} is no name of a base")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is no manifest of avray: {error!r}.") from error
-    for name, num_bytes in sizes.items():
-        path = folder / name
-        if path.parent != folder or name in ("", ".."):
-            raise CheckpointError(f"{folder / MANIFEST} names {name!r}, which is not a file of this folder.")
-        if name in TRAINER and not path.exists():
-            continue
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing.")
-        if path.stat().st_size != num_bytes:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes in place of {num_bytes}.")
-    if base is not None:
-        base_path(folder, base["name"])
-    return manifest
+        raise CheckpointError(f"{where} is no manifest of avray: {error!r}.") from error
+    for name in sizes:
+        if Path(name).name != name or name == "..":
+            raise CheckpointError(f"{where} names {name!r}, which is not a file of this folder.")
+    return sizes
 
 
 def base_path(folder: Path, name: str) -> Path:
@@ -180,11 +195,18 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is missing.")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes.")
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} cannot be read: {error}.") from error
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
+        raise CheckpointError(f"{where} holds no JSON object.")
     return document
 
 
@@ -220,15 +242,20 @@ def follow(run_dir: Path | str, name: str) -> Path | None:
 def _read_pointer(path: Path) -> Path:
     """A pointer file holds one path of one shape, so that it cannot lead out of its run."""
     with open(path, "rb") as file:
-        text = file.read(200).decode("ascii", "replace").strip()
-    if path.suffix in _PICKLES or not re.fullmatch(rf"{FOLDER}/{_STEP.pattern}", text):
+        return path.parent / pointed(file.read(MAX_POINTER_BYTES), str(path))
+
+
+def pointed(content: bytes, where: str) -> str:
+    """What a pointer file holds, relative to its run."""
+    text, suffix = content.decode("ascii", "replace").strip(), Path(where).suffix
+    if suffix in _PICKLES or not re.fullmatch(rf"{FOLDER}/{_STEP.pattern}", text):
         kind = "is no checkpoint"
-        if path.suffix in _PICKLES or text.startswith(("PK", "\ufffd")):
+        if suffix in _PICKLES or text.startswith(("PK", "\ufffd")):
             kind = "may be a pickle, which can run code, so avray does not open it"
-        elif path.suffix == ".safetensors":
+        elif suffix == ".safetensors":
             kind = "is weights without the model they belong to"
-        raise CheckpointError(f"{path} {kind}: give a run, its best or last, or a checkpoint folder.")
-    return path.parent / text
+        raise CheckpointError(f"{where} {kind}: give a run, its best or last, or a checkpoint folder.")
+    return text
 
 
 def resolve(path: Path | str) -> Path:
@@ -237,8 +264,6 @@ def resolve(path: Path | str) -> Path:
 
     CheckpointError, naming what is wrong, where there is none; no other checkpoint is taken in its place.
     """
-    if "://" in str(path):
-        raise CheckpointError(f"{path} is not on this file system; copy the checkpoint folder here first.")
     place = Path(path).expanduser()
     if place.is_symlink() and not place.exists():
         raise CheckpointError(f"{place} leads to {os.readlink(place)}, which is gone.{offer(place.parent)}")
@@ -275,17 +300,24 @@ def offer(run_dir: Path, besides: Path | None = None) -> str:
 def prune(run_dir: Path | str, keep_last: int, keep_every: int = 0, protect: Iterable[Path] = ()) -> list[Path]:
     """Remove whole checkpoints but the newest ``keep_last``, those at multiples of ``keep_every`` steps (0:
     none), those that ``best`` and ``last`` lead to and those in ``protect``. Returns what was removed."""
-    if keep_last < 1:
-        raise ValueError(f"keep_last={keep_last} would remove the newest checkpoint; give 1 or more.")
     found = checkpoints(run_dir)
-    links = [target for name in ("best", "last") if (target := follow(run_dir, name))]
-    kept = {path.name for path in (*found[-keep_last:], *links, *protect)}
-    removed = [path for path in found if path.name not in kept and not (keep_every and _step(path) % keep_every == 0)]
+    links = [target.name for name in LINKS if (target := follow(run_dir, name))]
+    kept = {*links, *(path.name for path in protect)}
+    names = spent([path.name for path in found], keep_last, keep_every, kept)
+    removed = [path for path in found if path.name in names]
     for path in removed:
         doomed = beside(path, "tmp")  # renamed first, so that no half of it is ever seen
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     return removed
+
+
+def spent(names: Sequence[str], keep_last: int, keep_every: int, kept: set[str]) -> list[str]:
+    """Of checkpoints in order of their steps, those that :func:`prune` removes."""
+    if keep_last < 1:
+        raise ValueError(f"keep_last={keep_last} would remove the newest checkpoint; give 1 or more.")
+    return [name for name in names[:-keep_last]
+            if name not in kept and not (keep_every and step_of(name) % keep_every == 0)]
 
 
 def sweep(run_dir: Path | str) -> list[Path]:

@@ -24,6 +24,7 @@ from avray.data.shared import shared_paths
 from avray.data.stream import Pool, prepare
 from avray.errors import DataError
 from avray.family import Column, Family, Fitted, Row
+from avray.mirror import mirrored
 from avray.progress import counter
 from avray.store import Store
 
@@ -70,8 +71,12 @@ def prepare_training(family: Family, data: DataSettings, run_dir: Path, progress
 
 def prepare_all(settings: PrepareSettings, family: Family) -> str:
     """Every row of every split into the cache; returns the line that says what was done."""
-    data, run_dir = settings.data, Path(settings.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with mirrored(settings.run.dir) as folder:
+        return prepare_in(folder, settings, family)
+
+
+def prepare_in(run_dir: Path, settings: PrepareSettings, family: Family) -> str:
+    data = settings.data
     Store(data.cache).check_writable("data.cache")
     start_ray(embedding_needs(data), settings.cluster, data.no_progress_timeout_s,
               settings.logging.level == "debug", shared_paths(data, settings.run.dir))
@@ -90,7 +95,7 @@ def prepare_all(settings: PrepareSettings, family: Family) -> str:
     written = write_copies(settings, plans, cache, prepared.columns)
     enforce(len(lost), total, data.max_reject_fraction, run_dir / "rejects.jsonl")
     return (f"{total} examples in {summary['shards']} shards are in {data.cache} ({computed} computed now, "
-            f"{len(lost)} rejected){written} · {run_dir}/summary.json")
+            f"{len(lost)} rejected){written} · {settings.run.dir}/summary.json")
 
 
 def write_copies(settings: PrepareSettings, plans: list[Plan], cache: Cache, columns: list[Column]) -> str:
@@ -106,14 +111,13 @@ def write_copies(settings: PrepareSettings, plans: list[Plan], cache: Cache, col
 def check(settings: PrepareSettings, family: Family | None = None) -> str:
     """Print what the data set holds, and what of it a family cannot use; encode nothing."""
     dataset = read_rows(settings.data, settings.family.get("segment_s", 2.0), family)
-    run_dir = Path(settings.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     described = describe(dataset.manifest, dataset.rows, dataset.choice)
     print(render(described))
-    dataset.manifest.write_rejects(run_dir / "rejects.jsonl")
-    Store(str(run_dir)).write("summary.json", json.dumps(described, indent=2).encode())
-    dataset.manifest.enforce(settings.data.max_reject_fraction, run_dir / "rejects.jsonl")
-    return f"The data set was checked, nothing was encoded · {run_dir}/summary.json, rejects.jsonl"
+    with mirrored(settings.run.dir) as run_dir:
+        dataset.manifest.write_rejects(run_dir / "rejects.jsonl")
+        Store(str(run_dir)).write("summary.json", json.dumps(described, indent=2).encode())
+        dataset.manifest.enforce(settings.data.max_reject_fraction, run_dir / "rejects.jsonl")
+    return f"The data set was checked, nothing was encoded · {settings.run.dir}/summary.json, rejects.jsonl"
 
 
 def embed(plans: list[Plan], columns: list[Column], cache: Cache, data: DataSettings, dataset: Dataset, progress: str,

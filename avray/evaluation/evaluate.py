@@ -26,8 +26,9 @@ from avray.engine import Generator
 from avray.errors import DataError
 from avray.evaluation.report import ReportExample, write_report
 from avray.family import ByTask, Family, Judged, Merging, Metric, Options
+from avray.mirror import mirrored
 from avray.registry import saved_family
-from avray.store import Store
+from avray.store import Store, is_url
 from avray.train.loggers import read_metrics
 from avray.train.samples import Answer, answer, questions
 from avray.train.validation import checkpoint_loss
@@ -35,10 +36,14 @@ from avray.train.validation import checkpoint_loss
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Write the report into ``run.dir`` and return what its ``summary.json`` holds."""
+    with mirrored(settings.run.dir) as folder:
+        return evaluate_in(folder, settings)
+
+
+def evaluate_in(run_dir: Path, settings: EvaluateSettings) -> dict[str, Any]:
+    """``run_dir`` is a local folder."""
     assert settings.checkpoint is not None
     began = time.perf_counter()
-    run_dir = Path(settings.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(settings.checkpoint)
     family = saved_family(checkpoint.family, settings.family.get("_target_"))
     data = data_of(settings, checkpoint)
@@ -59,8 +64,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     by_task = measure_by_task(family, answers)
     if by_task:
         print(task_table(by_task))
+    opened = settings.checkpoint if is_url(settings.checkpoint) else str(checkpoint.path)
     summary = {
-        "family": checkpoint.family.get("name"), "checkpoint": str(checkpoint.path), "split": settings.split,
+        "family": checkpoint.family.get("name"), "checkpoint": opened, "split": settings.split,
         "validation_loss": loss.loss, "terms": loss.terms, "baselines": loss.baselines,
         "metrics": foreseen | measured.values, **({"tasks": by_task} if by_task else {}),
         "rows": {**dataset.counts(), "examples": plan.num_examples, "generated": len(answers)},

@@ -22,6 +22,7 @@ from avray.devices import device_of
 from avray.family import Fitted, Row
 from avray.media import Audio, read_audio, write_audio
 from avray.metrics.pictures import comparison_png
+from avray.mirror import mirrored
 from avray.store import Store
 
 MAX_SECONDS = 10.0
@@ -30,8 +31,13 @@ FIT_SECONDS = 600.0
 
 def round_trips(settings: EvaluateSettings) -> str:
     """Write WAVs, a page of spectrograms, ``round_trips.md`` and ``summary.json``; returns the folder."""
-    run_dir = Path(settings.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with mirrored(settings.run.dir) as folder:
+        write_round_trips(folder, settings)
+    return settings.run.dir
+
+
+def write_round_trips(run_dir: Path, settings: EvaluateSettings) -> None:
+    """Into a local folder."""
     config = codec_from_settings(settings.codec)
     rows = [row for row in read_rows(settings.data).rows if row.get("audio")]
     held_out = [row for row in rows if row["split"] != "train"] or rows
@@ -56,7 +62,6 @@ def round_trips(settings: EvaluateSettings) -> str:
     summary = {"codec": config.name, "recordings": len(chosen), "round_trips": means}
     Store(str(run_dir)).write("summary.json", json.dumps(summary, indent=2).encode())
     print(table)
-    return str(run_dir)
 
 
 def loaded(config: CodecConfig, train: Sequence[Row], device: str, seed: int) -> Codec:

@@ -21,7 +21,8 @@ import ray.serve  # noqa: E402
 from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation  # noqa: E402
 from ray.serve.schema import LoggingConfig  # noqa: E402
 
-from avray.checkpoint.store import checkpoints, resolve  # noqa: E402
+from avray.checkpoint.remote import find  # noqa: E402
+from avray.checkpoint.store import LINKS, checkpoints, resolve  # noqa: E402
 from avray.config import AppSettings  # noqa: E402
 from avray.data.cluster import quiet  # noqa: E402
 from avray.errors import CheckpointError  # noqa: E402
@@ -31,6 +32,7 @@ from avray.serving.directory import PREFIX  # noqa: E402
 from avray.serving.gateway import Gateway, GatewaySettings  # noqa: E402
 from avray.serving.model import Model, ModelSettings  # noqa: E402
 from avray.settings.serve import ServeSettings, is_loopback  # noqa: E402
+from avray.store import is_url  # noqa: E402
 
 GATEWAY = "gateway"
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,99}", re.ASCII)
@@ -51,20 +53,29 @@ def named(specs: Sequence[str]) -> list[Named]:
     found = []
     for spec in specs:
         name, colon, path = spec.partition(":")
-        if not colon or not _NAME.fullmatch(name):
+        if not colon or not _NAME.fullmatch(name) or path.startswith("//"):
             name, path = "", spec
-        folder = resolve(os.path.abspath(os.path.expanduser(path)))
-        run = Path(os.path.abspath(path))
-        run = run.parent if run.name in ("best", "last") else folder.parent.parent
-        name = name or re.sub(r"[^\w.\-]", "-", run.name)
+        if is_url(path):
+            folder, called = checkpoint_url(path)
+        else:
+            resolved = resolve(os.path.abspath(os.path.expanduser(path)))
+            run = Path(os.path.abspath(path))
+            folder, called = str(resolved), (run.parent if run.name in LINKS else resolved.parent.parent).name
+        name = name or re.sub(r"[^\w.\-]", "-", called)
         if not _NAME.fullmatch(name):
             raise ValueError(f"{spec}: a model's name has letters, digits, dots and dashes; write name:path.")
-        found.append(Named(name, str(folder)))
+        found.append(Named(name, folder))
     names = [model.name for model in found]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"Two models would be called {name}: write name:path to tell them apart.")
     return found
+
+
+def checkpoint_url(path: str) -> tuple[str, str]:
+    """The URL of the checkpoint that one stands for, so that every replica has the same, and its run's name."""
+    found = find(path)
+    return found.url, Path(found.store.root).name
 
 
 def newest_run(folder: Path = Path("runs")) -> Path:

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 import ray
 
-from avray.checkpoint import prune
+from avray.checkpoint import prune, remote
+from avray.mirror import Mirror, working_copy
 from avray.progress import Progress, ProgressLine, shown
 from avray.train.job import Job
-from avray.train.samples import WAITING, Asked, questions, sample_folder, write_samples
+from avray.train.samples import Asked, no_longer_await, questions, sample_folder, write_samples
 
 
 class Listener(Protocol):
@@ -35,13 +36,17 @@ class Listener(Protocol):
 
 
 @ray.remote(num_cpus=0, max_retries=1)
-def sample(checkpoint: str, asked: list[Asked], folder: str, tensorboard: str | None, step: int,
+def sample(checkpoint: str, asked: list[Asked], run_dir: str, tensorboard: bool, step: int,
            family: str | None) -> None:
     """Samples of one checkpoint, beside the training."""
+    copy, mirror = working_copy(run_dir), Mirror(run_dir, ("samples/", "tensorboard/"))
     try:
-        write_samples(checkpoint, asked, Path(folder), Path(tensorboard) if tensorboard else None, step, family)
+        # A folder of its own: TensorBoard follows one event file a folder, and would lose the trainer's.
+        shown = copy / "tensorboard" / "samples" if tensorboard else None
+        write_samples(checkpoint, asked, sample_folder(copy, step), shown, step, family)
+        mirror.push()
     finally:
-        (Path(folder) / WAITING).unlink(missing_ok=True)
+        no_longer_await(run_dir, step)
 
 
 class Watch:
@@ -49,7 +54,7 @@ class Watch:
 
     def __init__(self, job: Job, listener: Listener | None = None) -> None:
         self.job, self.listener = job, listener
-        self.run_dir = Path(job.settings.run.dir)
+        self.run_dir = job.settings.run.dir
         self.line = ProgressLine(job.max_steps) if shown(job.settings.logging.progress) else None
         self.asked = questions(job.family, job.validation, job.settings.trainer.num_samples)
         self.sampling: list[ray.ObjectRef] = []
@@ -92,12 +97,8 @@ class Watch:
                 self.sample(checkpoint, step)
 
     def sample(self, checkpoint: str, step: int) -> None:
-        # A folder of its own: TensorBoard follows one event file a folder, and would lose the trainer's.
-        wanted = self.job.settings.trainer.loggers.tensorboard
-        tensorboard = str(self.run_dir / "tensorboard" / "samples") if wanted else None
-        folder = str(sample_folder(self.run_dir, step))
-        family = self.job.settings.family.get("_target_")
-        self.sampling.append(sample.remote(checkpoint, self.asked, folder, tensorboard, step, family))
+        family, tensorboard = self.job.settings.family.get("_target_"), self.job.settings.trainer.loggers.tensorboard
+        self.sampling.append(sample.remote(checkpoint, self.asked, self.run_dir, tensorboard, step, family))
 
     def finish(self) -> None:
         """Wait for the samples under way, and prune what was kept for them. One that failed is said, not raised."""
@@ -107,6 +108,7 @@ class Watch:
             except ray.exceptions.RayError as error:
                 self.failed_samples.append(str(error).strip().splitlines()[-1])
         trainer = self.job.settings.trainer
-        prune(self.run_dir, trainer.keep_last, trainer.keep_every_steps)
+        prune(working_copy(self.run_dir), trainer.keep_last, trainer.keep_every_steps)
+        remote.prune(self.run_dir, trainer.keep_last, trainer.keep_every_steps)
         for reason in self.failed_samples:
             print(f"A sample could not be made: {reason}", file=sys.stderr)

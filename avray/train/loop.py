@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avray.checkpoint import AsyncSaver, Checkpoint, Content, newest, prune
+from avray.checkpoint import FOLDER, AsyncSaver, Checkpoint, Content, newest, prune
 from avray.config import instantiate
 from avray.data.loader import Loader, Source, Step
 from avray.errors import CheckpointError, TrainingFailed
+from avray.mirror import working_copy
 from avray.progress import Progress
 from avray.train.card import model_card
 from avray.train.job import Job
@@ -119,9 +120,10 @@ class Loop:
         self.skipped = 0
         self.leaving: set[str] = set()
         self.validation: Validation | None = None
-        run_dir = Path(job.settings.run.dir)
-        start = agreed(newest(run_dir) if self.place.rank == 0 else None)
-        resumed = Checkpoint.open(start) if start is not None else None
+        run_dir = working_copy(job.settings.run.dir)
+        found = newest(run_dir) if self.place.rank == 0 else None
+        start = agreed(found.name if found is not None else None)  # a copy may lie elsewhere on each node
+        resumed = Checkpoint.open(run_dir / FOLDER / start) if start is not None else None
         if resumed is None and job.settings.init_from:
             self._load_weights(Checkpoint.open(job.settings.init_from).weights("best"))
         self.ema = Ema(module.model, trainer.ema_decay) if trainer.ema_decay else None
@@ -328,10 +330,10 @@ class Loop:
         content = Content(model=model, family=job.family_record, fitted=job.fitted, settings=job.settings_record,
                           ema=ema, trainer=state, figures=figures, card=model_card(job, step, figures),
                           unchanging=frozen(self.model, model))
-        run_dir = Path(job.settings.run.dir)
+        run_dir = working_copy(job.settings.run.dir)
 
         def published(folder: Path) -> None:
-            prune(run_dir, self.trainer.keep_last, self.trainer.keep_every_steps, awaited(run_dir))
+            prune(run_dir, self.trainer.keep_last, self.trainer.keep_every_steps, awaited(job.settings.run.dir))
             self.place.saved(folder, step)
             if sampling:
                 self.place.sample(folder, step)
@@ -374,7 +376,7 @@ class Loop:
         if not (self.trainer.profile and self.place.rank == 0):
             yield None
             return
-        folder = Path(self.job.settings.run.dir) / "profile"
+        folder = working_copy(self.job.settings.run.dir) / "profile"
         folder.mkdir(parents=True, exist_ok=True)
         schedule = torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1)
         with torch.profiler.profile(schedule=schedule, record_shapes=True, on_trace_ready=lambda profile: (

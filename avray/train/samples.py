@@ -19,25 +19,35 @@ from avray.engine import Generated, Generator, resampled
 from avray.family import Example, Family, Media, Options, Question, Request, Unit
 from avray.media import Audio, Video, read_audio, read_video, write_audio, write_video
 from avray.metrics.pictures import comparison_png, spectrogram_rgb
+from avray.store import Store, is_url
 
 WAITING = ".waiting"
 """A file in a step's samples folder: they are still to be made, so the checkpoint of that step must stay."""
 
 
-def await_samples(run_dir: Path, step: int) -> None:
-    """Keep the checkpoint of ``step`` from being pruned until its samples are made."""
-    folder = sample_folder(run_dir, step)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / WAITING).touch()
+def await_samples(run_dir: str, step: int) -> None:
+    """Keep the checkpoint of ``step`` from being pruned until its samples are made. Runs may be URLs here."""
+    Store(run_dir).write(_marker(step), b"")
 
 
-def awaited(run_dir: Path) -> list[Path]:
+def no_longer_await(run_dir: str, step: int) -> None:
+    Store(run_dir).remove(_marker(step))
+
+
+def awaited(run_dir: str) -> list[Path]:
     """Checkpoints whose samples are still to be made."""
-    return [run_dir / "checkpoints" / marker.parent.name for marker in run_dir.glob(f"samples/*/{WAITING}")]
+    store = Store(run_dir)
+    markers = [Path(name) for name in store.list("samples")] if is_url(run_dir) else [
+        *Path(run_dir).glob(f"samples/*/{WAITING}")]
+    return [Path(run_dir) / "checkpoints" / marker.parent.name for marker in markers if marker.name == WAITING]
 
 
 def sample_folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "samples" / f"step-{step:08d}"
+    return run_dir / Path(_marker(step)).parent
+
+
+def _marker(step: int) -> str:
+    return f"samples/step-{step:08d}/{WAITING}"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ VERSIONS = ("torch", "ray", "numpy", "pyarrow", "transformers")
 def write_summary(job: Job, outcome: Mapping[str, Any], rows: Mapping[str, int], num_parameters: int, seconds: float,
                   extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write it, and return what was written. ``outcome`` is the loop's, as a mapping."""
-    run_dir = Path(job.settings.run.dir)
+    run_dir = job.settings.run.dir
     best = outcome["best_validation_loss"]
     summary: dict[str, Any] = {
         "family": job.family_record.get("name", type(job.family).__name__),
@@ -31,7 +31,7 @@ def write_summary(job: Job, outcome: Mapping[str, Any], rows: Mapping[str, int],
         "seconds": round(seconds, 1),
         "best_validation_loss": best,
         "baselines": outcome["baselines"],
-        "checkpoint": str(run_dir / ("best" if best is not None else "last")),
+        "checkpoint": f"{run_dir}/{'best' if best is not None else 'last'}",
         "rows": dict(rows),
         "throughput": {"value": outcome["rows_per_s"], "unit": "rows/s"},
         "waiting_for_data": outcome["waiting"],
@@ -41,7 +41,7 @@ def write_summary(job: Job, outcome: Mapping[str, Any], rows: Mapping[str, int],
                      **{name: version(name) for name in VERSIONS}},
         **(extra or {}),
     }
-    Store(str(run_dir)).write("summary.json", json.dumps(summary, indent=2).encode())
+    Store(run_dir).write("summary.json", json.dumps(summary, indent=2).encode())
     return summary
 
 

@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from avray.checkpoint import Checkpoint, newest, sweep
+from avray.checkpoint import Checkpoint, remote, sweep
+from avray.checkpoint.store import step_of
 from avray.config import TrainSettings, to_mapping
 from avray.data.cache import Cache
 from avray.data.cluster import Needs, start_ray
@@ -34,6 +35,7 @@ from avray.devices import device_of
 from avray.errors import CheckpointError, DataError, MissingDependency, OutOfMemory, TrainingFailed, WorkerFailed
 from avray.family import Column, Family
 from avray.media import Limits
+from avray.mirror import mirrored, working_copy
 from avray.registry import family_settings
 from avray.store import Store
 from avray.train.board import Listener, Watch
@@ -41,10 +43,12 @@ from avray.train.board_actor import open_board
 from avray.train.elastic import ElasticTrainer
 from avray.train.job import Job
 from avray.train.memory import Memory, count_parameters, estimate
-from avray.train.samples import WAITING, awaited, sample_folder
+from avray.train.samples import awaited, no_longer_await
 from avray.train.summary import rejected_rows, write_summary
 from avray.train.validation import checkpoint_loss
 from avray.train.worker import work
+
+REJECTS = "rejects.jsonl"
 
 
 def train(settings: TrainSettings, family: Family, prepared: Prepared | None = None,
@@ -54,18 +58,24 @@ def train(settings: TrainSettings, family: Family, prepared: Prepared | None = N
 
     Raises ValueError for settings that cannot be, DataError for data, TrainingFailed when a worker fails for good.
     """
-    began = time.perf_counter()
     if settings.dry_run:
         settings = dry(settings)
-    run_dir = Path(settings.run.dir)
-    check_run_dir(run_dir, settings)
+    with mirrored(settings.run.dir, only=(REJECTS,)) as folder:
+        return train_in(folder, settings, family, prepared, listener)
+
+
+def train_in(folder: Path, settings: TrainSettings, family: Family, prepared: Prepared | None,
+             listener: Listener | None) -> dict[str, Any]:
+    """``folder`` is the run's, or this node's copy of it."""
+    began = time.perf_counter()
+    check_run_dir(settings)
     check_device(settings)
     check_cache(settings.data)
-    Store(str(run_dir)).write("config.yaml", OmegaConf.to_yaml(to_mapping(settings)).encode())
+    Store(settings.run.dir).write("config.yaml", OmegaConf.to_yaml(to_mapping(settings)).encode())
     start_ray(needs(settings, len(family.columns(None))), settings.cluster, settings.data.no_progress_timeout_s,
               settings.logging.level == "debug", shared_paths(settings.data, settings.run.dir))
     if prepared is None:
-        prepared = prepare_training(family, settings.data, run_dir, settings.logging.progress)
+        prepared = prepare_training(family, settings.data, folder, settings.logging.progress)
     job = make_job(settings, family, prepared)
     trainer = settings.trainer
     job.train_order.worker_counts(trainer.min_workers, trainer.max_workers, trainer.accumulate)
@@ -73,7 +83,7 @@ def train(settings: TrainSettings, family: Family, prepared: Prepared | None = N
     outcome = fit(job, prepared.columns, prepared.dataset.limits, watch)
     watch.finish()
     extra = held_out(job, prepared) | ({"memory_bytes": memory_needed(job).as_figures()} if settings.dry_run else {})
-    rows = rejected_rows(job, Cache(settings.data.cache), run_dir / "rejects.jsonl")
+    rows = rejected_rows(job, Cache(settings.data.cache), folder / REJECTS)
     parameters = count_parameters(family, prepared.fitted)
     return write_summary(job, outcome, rows, parameters, time.perf_counter() - began, extra)
 
@@ -88,9 +98,7 @@ def held_out(job: Job, prepared: Prepared) -> dict[str, Any]:
     """The best checkpoint's loss and baselines on the groups that were held out altogether, where there are any."""
     if prepared.test is None:
         return {}
-    checkpoint = Checkpoint.open(Path(job.settings.run.dir) / "last")
-    best = Path(job.settings.run.dir) / "best"
-    checkpoint = Checkpoint.open(best) if best.exists() else checkpoint
+    checkpoint = Checkpoint.open(job.settings.run.dir)
     loss = checkpoint_loss(checkpoint, job.family, prepared.test, Cache(job.settings.data.cache),
                            job.settings.trainer.device_name, job.settings.trainer.batch_size)
     return {"held_out": {"loss": loss.loss, "baselines": loss.baselines, "examples": prepared.test.num_examples}}
@@ -105,19 +113,20 @@ def memory_needed(job: Job) -> Memory:
     return estimate(job.family, job.fitted, job.family.collate(rows, job.fitted), trainer)
 
 
-def check_run_dir(run_dir: Path, settings: TrainSettings) -> None:
+def check_run_dir(settings: TrainSettings) -> None:
     """A run is never continued or overwritten by accident."""
-    existing = newest(run_dir)
+    run_dir = settings.run.dir
+    existing = remote.newest(run_dir)
     if settings.resume and existing is None:
         raise CheckpointError(f"resume=true and {run_dir} has no complete checkpoint: start it without resume, or name "
                               "the run to go on with in run.dir.")
     if existing is not None and not settings.resume:
-        raise ValueError(f"run.dir={run_dir} already holds a run (newest checkpoint: {existing.name}): go on with it "
-                         "by resume=true, or give another run.dir.")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    sweep(run_dir)
-    for marker in awaited(run_dir):  # of a driver that died
-        (sample_folder(run_dir, int(marker.name.rpartition("-")[2])) / WAITING).unlink()
+        raise ValueError(f"run.dir={run_dir} already holds a run (newest checkpoint: {Path(existing).name}): go on "
+                         "with it by resume=true, or give another run.dir.")
+    sweep(working_copy(run_dir))
+    remote.sweep(run_dir)
+    for checkpoint in awaited(run_dir):  # of a driver that died
+        no_longer_await(run_dir, step_of(checkpoint.name))
 
 
 def check_device(settings: TrainSettings) -> None:
@@ -135,7 +144,7 @@ def needs(settings: TrainSettings, pools: int, trials: int = 1) -> Needs:
 def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mapping[str, Any]:
     """Run the workers; returns rank 0's outcome."""
     settings, trainer = job.settings, job.settings.trainer
-    run_dir = Path(settings.run.dir)
+    run_name, storage = Path(settings.run.dir).name, Store(settings.run.dir)
     cache = Cache(settings.data.cache)
     reference = ray.put(job)
     board = open_board()
@@ -157,7 +166,8 @@ def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mappin
                                              resources_per_worker={"CPU": trainer.cpus_per_worker,
                                                                    **({"GPU": 1} if trainer.use_gpu else {})}),
                 torch_config=TorchConfig(backend="nccl" if trainer.use_gpu else "gloo"),
-                run_config=RunConfig(name=f"{run_dir.name}-{time.time_ns()}", storage_path=str(run_dir / "ray"),
+                run_config=RunConfig(name=f"{run_name}-{time.time_ns()}", storage_path=storage.inner("ray"),
+                                     storage_filesystem=storage.arrow(),
                                      failure_config=FailureConfig(max_failures=trainer.max_failures)),
                 datasets=datasets or None,
                 dataset_config=InOrder(),
@@ -170,8 +180,8 @@ def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mappin
 
 def first_blocks(job: Job, limits: Limits) -> ray.data.Dataset:
     """The stream from the step the newest checkpoint stands at."""
-    start = newest(job.settings.run.dir)
-    step = int(start.name.rpartition("-")[2]) if start is not None else 0
+    start = remote.newest(job.settings.run.dir)
+    step = step_of(Path(start).name) if start is not None else 0
     order = job.train_order
     epoch, in_epoch = divmod(step, order.steps_per_epoch)
     data = job.settings.data

@@ -12,14 +12,16 @@ import ray.train
 import ray.train.torch
 import torch
 
+from avray.checkpoint import FOLDER, remote
 from avray.data.cache import Cache
 from avray.data.loader import PreparedSource, Source
 from avray.data.stream import StreamedSource
+from avray.mirror import Mirror, working_copy
 from avray.train.job import Job
 from avray.train.loggers import LoggerGroup, open_loggers
 from avray.train.loop import Loop, Place
 from avray.train.parallel import agreed
-from avray.train.samples import await_samples
+from avray.train.samples import await_samples, awaited
 
 
 def work(config: dict[str, Any]) -> None:
@@ -44,9 +46,15 @@ def work(config: dict[str, Any]) -> None:
             streamed.append(StreamedSource(shard))
         return streamed[0]
 
+    run_dir, trainer = job.settings.run.dir, job.settings.trainer
+    remote.restore(run_dir)
+    if rank == 0:
+        remote.restore_file(run_dir, "metrics.csv")
+    mirror = Mirror(run_dir, ("metrics.csv", "tensorboard/", "profile/"))
+
     def loggers(resume_step: int | None) -> LoggerGroup:
-        return open_loggers(job.settings.trainer.loggers, Path(job.settings.run.dir), job.settings_record, resume_step)\
-            if rank == 0 else LoggerGroup([])
+        return open_loggers(trainer.loggers, working_copy(run_dir), job.settings_record, resume_step) if rank == 0 \
+            else LoggerGroup([])
 
     def tell_figures(figures: Mapping[str, Any]) -> None:
         if rank == 0:
@@ -56,9 +64,15 @@ def work(config: dict[str, Any]) -> None:
         notice = ray.train.get_preemption_info() if config["on_cluster"] else None
         return () if notice is None else tuple(notice.preempted_node_ids)
 
+    def saved(checkpoint: Path, step: int) -> None:
+        mirror.push()
+        remote.publish(run_dir, checkpoint)
+        remote.prune(run_dir, trainer.keep_last, trainer.keep_every_steps, awaited(run_dir))
+        board.tell.remote("saved", (checkpoint, step))
+
     def sample(checkpoint: Path, step: int) -> None:
-        await_samples(Path(job.settings.run.dir), step)
-        board.tell.remote("sample", (str(checkpoint), step))
+        await_samples(run_dir, step)
+        board.tell.remote("sample", (f"{run_dir}/{FOLDER}/{checkpoint.name}", step))
 
     if rank == 0:
         board.tell.remote("worker", (ray.get_runtime_context().current_actor,))
@@ -68,12 +82,13 @@ def work(config: dict[str, Any]) -> None:
         progress=lambda progress: board.tell.remote("progress", progress),
         report=tell_figures,
         leaving=leaving,
-        saved=lambda checkpoint, step: board.tell.remote("saved", (checkpoint, step)),
+        saved=saved,
         sample=sample,
         loggers=loggers,
     )
     outcome = dataclasses.asdict(Loop(job, place).run())
     if rank == 0:
+        mirror.push()
         ray.get(board.tell.remote("outcome", outcome))
     # Once, and no checkpoint: a report waits until the controller looks at its workers, 1.8 s of its 2 s in the mean.
     ray.train.report({name: value for name, value in outcome.items() if isinstance(value, int | float)})

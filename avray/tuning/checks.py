@@ -10,6 +10,7 @@ from avray.config import SweepSettings, TrainSettings, to_mapping
 from avray.registry import family_from_settings
 from avray.settings.convert import did_you_mean
 from avray.settings.describe import describe, hint_of
+from avray.store import is_url
 from avray.tuning.scheduling import perturb_every
 from avray.tuning.space import Space, look_up
 from avray.tuning.trial import ON_DISK, trial_settings
@@ -103,6 +104,9 @@ def check_objectives(settings: SweepSettings) -> None:
 
 def check_folder(settings: SweepSettings, journal: Path) -> None:
     """A sweep is never continued or overwritten by accident."""
+    if is_url(settings.run.dir):
+        raise ValueError(f"run.dir={settings.run.dir} is a URL, and a sweep keeps its journal and its trials in a "
+                         "folder: give a local or shared one (data.path and data.cache may be URLs).")
     folder = journal.parent
     if settings.resume and not journal.exists():
         raise ValueError(f"resume=true and {folder} holds no sweep: start it without resume, or name one in run.dir.")

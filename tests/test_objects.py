@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from avray.errors import CheckpointError, DataError, MissingDependency
 from avray.mirror import Mirror, mirrored, working_copy
 from avray.store import Store
 from avray.train.samples import await_samples, awaited, no_longer_await
-from tests.commands import tones
+from tests.commands import TWO_STEPS, running, tones
 from tests.objects import BUCKET, s3_on_loopback
 from tests.toy import ToyFamily
 
@@ -243,3 +245,58 @@ def test_what_a_process_writes_beside_checkpoints(run: str, tmp_path: Path) -> N
         assert local == tmp_path / "local" / "run" and local.is_dir()
     with pytest.raises(ValueError, match=r"run.dir=s3://nobody/run cannot be written"), mirrored("s3://nobody/run"):
         pass
+
+
+# ── the commands ─────────────────────────────────────────
+
+COMMANDS = """
+import json, shutil, sys
+from pathlib import Path
+
+from avray.cli import EVALUATE, GENERATE, PREPARE, TRAIN, compose
+from avray.data.cluster import Needs, start_ray
+from avray.data.prepare import prepare_all
+from avray.evaluation.evaluate import evaluate
+from avray.generation.one import generate
+from avray.registry import family_from_settings
+from avray.train.trainer import train
+
+copies, words = Path(sys.argv[1]), sys.argv[2:]
+start_ray(Needs(trainers=3), None, 120.0)
+where = [word for word in words if word.startswith("data.")]
+prepared = compose(PREPARE, ["run.dir=s3://bucket/prepared", *[w for w in words if not w.startswith("run.dir")]])
+print(prepare_all(prepared, family_from_settings(prepared.family)))
+for more in (["trainer.stop_at_step=1"], ["resume=true"]):
+    settings = compose(TRAIN, [*words, *more])
+    print(train(settings, family_from_settings(settings.family))["checkpoint"])
+    shutil.rmtree(copies)  # a node that has nothing local
+run = settings.run.dir
+made = compose(GENERATE, [f"checkpoint={run}", "audio=s3://bucket/wavs/tone000.wav", "seconds=0.4", "output=out.wav"])
+print(generate(made))
+report = compose(EVALUATE, [f"checkpoint={run}/last", f"run.dir={run}-report", "num_samples=1", *where])
+print(json.dumps(evaluate(report)["checkpoint"]))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_everything_on_s3(s3: Mapping[str, str], short_folder: Path) -> None:
+    """Prepared, trained, stopped, gone on with where nothing is local, generated, reported: in one process, for speed,
+    whose Ray is its own, since Ray's workers have the environment that it was started with."""
+    s3fs.S3FileSystem().put(str(tones(short_folder / "wavs", 12, 1.0)), f"{BUCKET}/wavs", recursive=True)
+    run = f"s3://{BUCKET}/runs/a"
+    words = [f"data.path=s3://{BUCKET}/wavs", f"data.cache=s3://{BUCKET}/encoded", f"run.dir={run}", *TWO_STEPS,
+             "trainer.keep_last=1", "trainer.checkpoint_every_steps=1"]
+    command = [sys.executable, "-c", COMMANDS, str(short_folder / "copies"), *words]
+    with running(command, short_folder, AVRAY_CACHE=str(short_folder / "copies"), **s3) as process:
+        said = process.communicate(timeout=280)[0]
+    assert process.returncode == 0, said
+    assert (short_folder / "out.wav").stat().st_size > 1000
+    there = Store(run).list("")
+    assert {"config.yaml", "summary.json", "metrics.csv", "best", "last", "rejects.jsonl",
+            "checkpoints/step-00000002/manifest.json"} <= there, there
+    assert any(name.endswith(".generated.wav") for name in there) and not any(".waiting" in name for name in there)
+    assert len({name.split("/")[1] for name in there if name.startswith("checkpoints/")}) <= 2, "pruned there too"
+    assert [row["step"] for row in csv.DictReader(Store(run).read("metrics.csv").decode().splitlines())][-1] == "2"
+    assert json.loads(Store(run).read("summary.json"))["checkpoint"] in (f"{run}/best", f"{run}/last")
+    assert "report.html" in Store(f"{run}-report").list("") and "summary.json" in Store(f"s3://{BUCKET}/prepared").list("")

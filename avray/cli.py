@@ -37,7 +37,7 @@ EXIT_CODES = {KeyboardInterrupt: 130, ValueError: 2, DataError: 3, CheckpointErr
               TrainingFailed: 5, SetupFailed: 6}
 """Anything else is a bug: its traceback, and 1."""
 
-_RUN_DIR = "Where the results go; a job of --multirun gets its number appended."
+_RUN_DIR = "Where the results go, a folder or a URL (s3://…); a job of --multirun gets its number appended."
 _FAMILY = {"family.segment_s": ("2", "Seconds of one segment; other keys of a family: --cfg job -p family."),
            "run.dir": ("runs/<family>-<date>-<time>", _RUN_DIR)}
 
@@ -49,7 +49,8 @@ TRAIN = Command(
      "trainer.use_gpu", "trainer.precision", "trainer.optimizer.lr", "trainer.schedule.name",
      "trainer.validate_every_steps", "trainer.checkpoint_every_steps"),
     ("", "data.path=/my/wavs codec=encodec_24khz trainer=gpu1 trainer.max_steps=20000",
-     "experiment=continuation data.path=/my/wavs", "run.dir=runs/x resume=true", "--cfg job trainer=debug"),
+     "experiment=continuation data.path=/my/wavs", "data.path=s3://bucket/wavs data.cache=s3://bucket/cache run.dir=s3://bucket/runs/a",
+     "run.dir=runs/x resume=true", "--cfg job trainer=debug"),
     extra_keys=_FAMILY)
 CHECK = Command(
     "check", CheckSettings,

@@ -42,7 +42,7 @@ class RunSettings:
     """``run``"""
 
     dir: str = "runs/run"
-    """Where the results go, made absolute. A job of ``--multirun`` gets its number appended."""
+    """Where the results go: a folder, made absolute, or a URL. A job of ``--multirun`` gets its number appended."""
 
     def __post_init__(self) -> None:
         if not self.dir:
@@ -108,7 +108,7 @@ class TrainSettings(CommandSettings):
     resume: bool = False
     """Go on with what ``run.dir`` holds."""
     init_from: str | None = None
-    """A checkpoint (run, link or folder) whose weights to start from: fine-tuning."""
+    """A checkpoint (run, link or folder, or the URL of one) whose weights to start from: fine-tuning."""
     run: RunSettings = RunSettings()
     family: Mapping[str, Any] = field(default_factory=dict)
     """``name`` (or ``_target_``) and the family's own fields."""
@@ -143,7 +143,7 @@ class EvaluateSettings(CommandSettings):
     """``pipelines/evaluate.py``: a checkpoint's report, or with ``codec=`` alone a codec's round trip."""
 
     checkpoint: str | None = None
-    """A run, a link in it, or a checkpoint folder."""
+    """A run, a link in it, or a checkpoint folder; or the URL of one."""
     run: RunSettings = RunSettings()
     codec: Mapping[str, Any] = field(default_factory=dict)
     """``name`` and fields of the codec whose round trip to report, instead of a checkpoint."""
@@ -181,7 +181,7 @@ class GenerateSettings(CommandSettings):
     """``pipelines/generate.py``: one request, or with ``data.path`` one for each of its rows."""
 
     checkpoint: str | None = None
-    """A run, a link in it, or a checkpoint folder."""
+    """A run, a link in it, or a checkpoint folder; or the URL of one."""
     family: Mapping[str, Any] = field(default_factory=dict)
     """Only for a family of one's own: its ``_target_``."""
     prompt: str | None = None
@@ -259,7 +259,8 @@ class AppSettings:
     """``serve/app.py``: checkpoints behind one HTTP server."""
 
     checkpoints: tuple[str, ...] = ()
-    """Runs, links or checkpoint folders, each a model by its run's name, or ``name:path``; empty: the newest run."""
+    """Runs, links or checkpoint folders, or URLs of them, each a model by its run's name, or ``name:path``; empty: the
+    newest run."""
     checkpoint: str | None = None
     """The same for a single one."""
     unload: tuple[str, ...] = ()

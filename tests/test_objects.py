@@ -16,14 +16,18 @@ import torch
 import avray.checkpoint as ck
 from avray.checkpoint import Checkpoint, Content, remote
 from avray.checkpoint.store import digest
+from avray.config import GenerateSettings, RunSettings, SweepSettings
 from avray.data.cache import Cache
 from avray.data.embed import Embedder
 from avray.data.manifest import load_manifest
 from avray.data.plan import plan_split
+from avray.data.shared import trouble
 from avray.errors import CheckpointError, DataError, MissingDependency
 from avray.mirror import Mirror, mirrored, working_copy
+from avray.serving.launch import Named, named
 from avray.store import Store
 from avray.train.samples import await_samples, awaited, no_longer_await
+from avray.tuning.checks import check_folder
 from tests.commands import TWO_STEPS, running, tones
 from tests.objects import BUCKET, s3_on_loopback
 from tests.toy import ToyFamily
@@ -55,6 +59,8 @@ def test_storage_that_cannot_be_written_is_refused(s3: Mapping[str, str], monkey
         Store("s3://nobody/x").check_writable("data.cache")
     with pytest.raises(MissingDependency, match=r"pip install \"avray\[gcs\]\""):
         Store("gs://bucket/x").check_writable("run.dir")
+    assert trouble({"data.path": f"s3://{BUCKET}/no"}) == "data.path=s3://bucket/no does not exist."
+    assert "run.dir=s3://nobody/x cannot be written" in str(trouble({"run.dir": "s3://nobody/x"}))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -245,6 +251,17 @@ def test_what_a_process_writes_beside_checkpoints(run: str, tmp_path: Path) -> N
         assert local == tmp_path / "local" / "run" and local.is_dir()
     with pytest.raises(ValueError, match=r"run.dir=s3://nobody/run cannot be written"), mirrored("s3://nobody/run"):
         pass
+
+
+def test_names_of_models_and_a_sweep_by_url(run: str) -> None:
+    save(run, 3)
+    name = run.rpartition("/")[2]
+    url = f"{run}/checkpoints/step-00000003"
+    assert named([run, f"a:{run}/last", f"b:{url}"]) == [Named(name, url), Named("a", url), Named("b", url)]
+    with pytest.raises(ValueError, match="keeps its journal"):
+        check_folder(SweepSettings(run=RunSettings(run)), working_copy(run) / "journal.jsonl")
+    with pytest.raises(ValueError, match="output=s3://.* is a URL"):
+        GenerateSettings(checkpoint=run, output=f"{run}/a.wav")
 
 
 # ── the commands ─────────────────────────────────────────

@@ -110,10 +110,10 @@ def write_copies(settings: PrepareSettings, plans: list[Plan], cache: Cache, col
 
 def check(settings: PrepareSettings, family: Family | None = None) -> str:
     """Print what the data set holds, and what of it a family cannot use; encode nothing."""
-    dataset = read_rows(settings.data, settings.family.get("segment_s", 2.0), family)
-    described = describe(dataset.manifest, dataset.rows, dataset.choice)
-    print(render(described))
     with mirrored(settings.run.dir) as run_dir:
+        dataset = read_rows(settings.data, settings.family.get("segment_s", 2.0), family)
+        described = describe(dataset.manifest, dataset.rows, dataset.choice)
+        print(render(described))
         dataset.manifest.write_rejects(run_dir / "rejects.jsonl")
         Store(str(run_dir)).write("summary.json", json.dumps(described, indent=2).encode())
         dataset.manifest.enforce(settings.data.max_reject_fraction, run_dir / "rejects.jsonl")

@@ -61,7 +61,7 @@ def sweep(settings: SweepSettings) -> str:
     say(settings, described(settings, space, count) + "\n" + room.why)
     if settings.dry_run:
         return "Nothing was trained: dry_run=true."
-    folder.mkdir(parents=True, exist_ok=True)
+    Store(settings.run.dir).check_writable("run.dir")
     Store(str(folder)).write("config.yaml", OmegaConf.to_yaml(to_mapping(settings)).encode())
     journal = Journal(folder / "journal.jsonl")
     journal.path.touch()

@@ -17,19 +17,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
 SLEEP_S = 1.0
-SHARDS_EACH = 12
+SHARDS_EACH = 24
 SPARE = 0.5
 """Of the free memory."""
 
@@ -143,7 +146,9 @@ def driver_memory(counts: Sequence[int], listed: bool) -> list[Memory]:
 
 @dataclass(frozen=True)
 class Sleeper:
-    """An encoder that only takes its time."""
+    """An encoder that only takes its time, and notes when."""
+
+    log: str
 
     def column_id(self) -> str:
         return "sleep"
@@ -152,12 +157,21 @@ class Sleeper:
         return self
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        began_s = time.time()
         time.sleep(SLEEP_S)
+        with open(f"{self.log}/{os.getpid()}", "a") as file:
+            file.write(f"{began_s} {time.time()} {own_bytes()}\n")
         return [np.zeros((1, 1), np.float32) for _ in texts]
 
 
+def own_bytes() -> int:
+    """Memory of this process that no other shares."""
+    return int(psutil.Process().memory_full_info().uss)
+
+
 def orchestration(workers: int) -> dict[str, float]:
-    """Shards a second from the first actor's first shard to the last one's end, and of what they could be."""
+    """Shards a second while all actors are there, and of what they could be; what an actor holds, and when the last
+    one had begun."""
     import ray
 
     from avray.data.cache import Cache
@@ -170,16 +184,21 @@ def orchestration(workers: int) -> dict[str, float]:
     count = SHARDS_EACH * workers
     examples = [Example(f"{index}", {"text": Unit(f"row {index}", "text", 0.0, 0.0)}) for index in range(count)]
     shards = Shards(make_shard([example], {}) for example in examples)
-    with tempfile.TemporaryDirectory(prefix="avray-growth-") as folder:
+    with tempfile.TemporaryDirectory(prefix="avray-growth-") as folder, tempfile.TemporaryDirectory() as log:
         start_ray(Needs(pools=1, embed_workers=workers), None, 600.0)
-        began_s = time.perf_counter()
-        column = Column("sleep", Sleeper(), "text", "float32")  # type: ignore[arg-type]
+        began_s = time.time()
+        column = Column("sleep", Sleeper(log), "text", "float32")  # type: ignore[arg-type]
         work = prepare(Plan("train", shards), [column], Cache(folder), Pool(workers), Limits())
-        elapsed_s = time.perf_counter() - began_s
         ray.shutdown()
+        actors = [[tuple(map(float, line.split())) for line in path.read_text().splitlines()]
+                  for path in Path(log).iterdir()]
     assert work.computed == count
-    rate = count / work.seconds
-    return {"workers": workers, "shards_per_s": rate, "share": rate * SLEEP_S / workers, "with_start_s": elapsed_s}
+    first, last = max(actor[0][0] for actor in actors), min(actor[-1][1] for actor in actors)
+    done = sum(first < end <= last for actor in actors for _, end, _ in actor)
+    rate = done / (last - first) if last > first else math.nan
+    return {"workers": workers, "actors_seen": len(actors), "shards_per_s": rate, "share": rate * SLEEP_S / workers,
+            "together_s": last - first, "last_began_after_s": first - began_s,
+            "actor_mib": max(actor[-1][2] for actor in actors) / 2**20}
 
 
 def main() -> None:

@@ -69,7 +69,8 @@ def read_rows(data: DataSettings, segment_s: float = 2.0, family: Family | None 
     choice = choose_split(manifest.rows, validation_fraction=data.validation_fraction, by=data.split_by,
                           guard_s=data.guard_s, span_s=span_s, holdout_groups=data.holdout_groups)
     rows = assign_splits(manifest.rows, validation_fraction=data.validation_fraction, seed=data.split_seed,
-                         by=data.split_by, guard_s=data.guard_s, span_s=span_s, holdout_groups=data.holdout_groups)
+                         by=data.split_by, guard_s=data.guard_s, span_s=span_s, holdout_groups=data.holdout_groups,
+                         choice=choice)
     return Dataset(manifest, rows, limits, choice)
 
 

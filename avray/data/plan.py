@@ -98,9 +98,6 @@ class Shards(Packed[Shard]):
     def __getitem__(self, index: int | slice) -> Shard | list[Shard]:
         return super().__getitem__(index) if isinstance(index, slice) else self._read(index)
 
-    def __iter__(self) -> Iterator[Shard]:
-        return map(super().__getitem__, range(len(self)))
-
     def heads(self) -> Iterator[Head]:
         for start in self._starts:
             name, num_examples, _, modalities = self._head.unpack_from(self._buffer, start)

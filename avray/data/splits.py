@@ -47,7 +47,7 @@ class Piece:
 def assign_splits(
     rows: Sequence[Row], *, validation_fraction: float = 0.1, seed: int = 0,
     by: Literal["auto", "group", "span"] = "auto", guard_s: float = 2.0, span_s: float = 4.0,
-    holdout_groups: Sequence[str] = (),
+    holdout_groups: Sequence[str] = (), choice: SplitChoice | None = None,
 ) -> Rows:
     """Rows with a ``split`` each: train, validation or test.
 
@@ -56,13 +56,14 @@ def assign_splits(
     row for each piece, cut by span (see ``choose_split``); ``span_s`` is the shortest span held out (give it the length
     of a whole example), and ``validation_fraction`` the share of groups, or of each recording's time. By group, both
     sides have at least one if there are two: where the draw left a side empty, the group nearest to it moves there.
+    ``choice`` is what ``choose_split`` said of these rows, where it has been asked.
 
     Raises:
         ValueError: a held-out group that no row has, or ``by="span"`` with nothing long enough to cut.
     """
     sides = _given_sides(rows, holdout_groups)
-    choice = choose_split(rows, validation_fraction=validation_fraction, by=by, guard_s=guard_s, span_s=span_s,
-                          holdout_groups=holdout_groups)
+    choice = choice or choose_split(rows, validation_fraction=validation_fraction, by=by, guard_s=guard_s,
+                                    span_s=span_s, holdout_groups=holdout_groups)
     pieces: dict[str, list[Piece]] = {}
     draw = None
     if choice.by == "span":

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-import fsspec
-
 from avray.data.fields import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from avray.store import Store
 
@@ -61,7 +59,7 @@ def lines(source: Source, name: str) -> Iterator[tuple[int, str | None]]:
     """Numbered lines that are not blank, as they are read; None for one that is not text. Only newlines end a line:
     U+2028 may stand in JSON."""
     path = source.store.path(name)
-    with open(path, "rb") if source.store.is_local else fsspec.open(path, "rb") as file:
+    with open(path, "rb") if source.store.is_local else source.store.fs.open(path, "rb") as file:
         wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         file.seek(0)
         for number, (line, sound) in enumerate(_wide_lines(file.read()) if wide else _lines(file), 1):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +31,7 @@ from avray.serving.launch import Named, named
 from avray.store import Store
 from avray.train.samples import await_samples, awaited, no_longer_await
 from avray.tuning.checks import check_folder
-from tests.commands import TWO_STEPS, running, tones
+from tests.commands import ROOT, TWO_STEPS, running, tones
 from tests.objects import BUCKET, s3_on_loopback
 from tests.toy import ToyFamily
 
@@ -262,6 +265,68 @@ def test_names_of_models_and_a_sweep_by_url(run: str) -> None:
         check_folder(SweepSettings(run=RunSettings(run)), working_copy(run) / "journal.jsonl")
     with pytest.raises(ValueError, match="output=s3://.* is a URL"):
         GenerateSettings(checkpoint=run, output=f"{run}/a.wav")
+
+
+RANK_0 = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from avray.checkpoint import remote
+from avray.config import RunSettings
+from avray.mirror import Mirror, working_copy
+from avray.train.loggers import CsvLogger, LoggerGroup
+from tests.toy import run_loop, toy_job
+
+run = sys.argv[2]
+job = toy_job(Path(sys.argv[1]), {"max_steps": 16, "checkpoint_every_steps": 2, "keep_last": 2})
+job = replace(job, settings=replace(job.settings, run=RunSettings(run)))
+remote.sweep(run)
+remote.restore(run)
+remote.restore_file(run, "metrics.csv")
+mirror = Mirror(run, ("metrics.csv",))
+
+def saved(checkpoint, step):
+    mirror.push()
+    remote.publish(run, checkpoint)
+    remote.prune(run, 2)
+
+run_loop(job, saved=saved, loggers=lambda step: LoggerGroup([CsvLogger(working_copy(run) / "metrics.csv", step)]))
+mirror.push()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_like_one_that_was_not(s3: Mapping[str, str], tmp_path: Path) -> None:
+    """The loop as rank 0 runs it, killed as soon as the store shows a certain checkpoint, and gone on with on a node
+    that has nothing: never more than one interval is lost, and the parameters are the same bits in the end."""
+    numbers = itertools.count()
+
+    def start(run: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "AVRAY_CACHE": str(tmp_path / f"node{next(numbers)}"), "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen([sys.executable, "-c", RANK_0, str(tmp_path), run], cwd=tmp_path, env=environment)
+
+    def step_of(run: str) -> int:
+        return int((remote.newest(run) or "-1").rpartition("-")[2])
+
+    straight, killed = (f"s3://{BUCKET}/runs/{name}" for name in ("straight", "killed"))
+    assert start(straight).wait(120) == 0
+    for least in (2, 10):
+        process = start(killed)
+        while step_of(killed) < least:
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert least <= step_of(killed) < 16 and opened_weights(killed)
+    assert start(killed).wait(120) == 0
+    assert step_of(killed) == 16 and opened_weights(killed) == opened_weights(straight)
+    for run in (straight, killed):
+        steps = [row["step"] for row in csv.DictReader(Store(run).read("metrics.csv").decode().splitlines())]
+        assert steps == ["0", "4", "6", "8", "12", "16"]
+
+
+def opened_weights(run: str) -> dict[str, list[float]]:
+    return {name: tensor.flatten().tolist() for name, tensor in Checkpoint.open(f"{run}/last").weights("model").items()}
 
 
 # ── the commands ─────────────────────────────────────────

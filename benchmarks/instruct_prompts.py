@@ -11,9 +11,10 @@ training recordings. The same of the recordings themselves, through the codec, s
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--json")
     given = parser.parse_args()
     codec = Spectral().load("cpu")
-    classify = Classifier(codec)
+    classify = Classifier(codec, [one for _, one in zip(range(LEARNT_FROM), singles("train"), strict=False)], "kind")
     model = avray.load(given.checkpoint)
     results: dict[str, list[dict[str, float]]] = {"generated": [], "recording, through the codec": []}
     for number, one in zip(range(given.prompts), singles("validation"), strict=False):
@@ -56,14 +57,12 @@ def main() -> None:
         Path(given.json).write_text(json.dumps(figures))
 
 
-def singles(split: str) -> Iterator[Recording]:
-    """The demo set's single notes of one side of its split, in its order."""
-    index = 0
-    while True:
+def singles(split: str, kinds: Sequence[str] = KINDS) -> Iterator[Recording]:
+    """The demo set's single notes (or other ``kinds``) of one side of its split, in its order."""
+    for index in itertools.count():
         made = short_recording(index, 0)
-        if made.row["split"] == split and made.row["kind"] in KINDS:
+        if made.row["split"] == split and made.row["kind"] in kinds:
             yield made
-        index += 1
 
 
 def judged(samples: np.ndarray, one: Recording, classify: Classifier) -> dict[str, float]:
@@ -97,15 +96,14 @@ class Classifier:
     """Softmax regression over a sound's mean frame, its spread and how it fades; learnt from training recordings that
     went through the codec, as what it is shown has."""
 
-    def __init__(self, codec: SpectralCodec) -> None:
-        self.codec = codec
-        learnt = [one for _, one in zip(range(LEARNT_FROM), singles("train"), strict=False)]
+    def __init__(self, codec: SpectralCodec, learnt: Sequence[Recording], label: str) -> None:
+        self.codec, self.names = codec, sorted({str(one.row[label]) for one in learnt})
         frames = [codec.encode_batch([one.samples])[0] for one in learnt]
         x = torch.stack([self.features(one) for one in frames])
         self.mean, self.scale = x.mean(0), x.std(0).clamp_min(1e-3)
-        y = torch.tensor([KINDS.index(str(one.row["kind"])) for one in learnt])
+        y = torch.tensor([self.names.index(str(one.row[label])) for one in learnt])
         torch.manual_seed(0)
-        self.linear = nn.Linear(x.shape[1], len(KINDS))
+        self.linear = nn.Linear(x.shape[1], len(self.names))
         optimiser = torch.optim.Adam(self.linear.parameters(), 1e-2, weight_decay=1e-2)
         for _ in range(400):
             optimiser.zero_grad()
@@ -120,7 +118,7 @@ class Classifier:
     @torch.no_grad()
     def __call__(self, samples: np.ndarray) -> str:
         x = self.features(self.codec.encode_batch([samples.astype(np.float32)])[0])
-        return KINDS[int(self.linear((x - self.mean) / self.scale).argmax())]
+        return self.names[int(self.linear((x - self.mean) / self.scale).argmax())]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tests.commands import BIN, ROOT
 
 USER = "ubuntu"
 PYTHON = (Path(sys.prefix), Path(sys.base_prefix))
-TOOLS = ("unshare", "nsenter", "setpriv", "ip", "rsync", "ssh", "/usr/sbin/sshd", "useradd")
+TOOLS = ("unshare", "nsenter", "setpriv", "ip", "rsync", "ssh", "openssl", "/usr/sbin/sshd", "useradd")
 UNSHARE = ("unshare", "--pid", "--net", "--mount", "--uts", "--fork", "--kill-child")
 
 TRY = """

@@ -53,8 +53,11 @@ def test_up_train_down(short_folder: Path) -> None:
                  "data.cache=/shared/cache", "run.dir=/shared/runs/a", *TWO_STEPS, "trainer.num_samples=0"]
 
         assert typed(laptop, "ray", "get-auth-token", "--generate").returncode == 0
+        assert typed(laptop, "bash", "deploy/tls.sh", "authority").returncode == 0
         assert typed(laptop, "ray", "up", "--yes", CLUSTER).returncode == 0
         assert "refused" in laptop.run("python", "-c", ASK, ADDRESSES["head"]), "the dashboard is open to the network"
+        assert "avray" in laptop.run("bash", "-c", f"openssl s_client -connect {ADDRESSES['head']}:6379 "
+                                     "-CAfile ~/.ray/tls/ca.crt -verify_return_error </dev/null 2>&1"), "no TLS"
         assert "401" in head.run("python", "-c", ASK, "127.0.0.1"), "the dashboard asks for no token"
 
         done = typed(laptop, *train)

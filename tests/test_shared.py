@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from avray.data.shared import seen
+from avray.data.shared import sign_of, unseen
 from tests.commands import BIN, ROOT, TWO_STEPS, free_port, ray_head, running, tones
 
 
@@ -26,7 +26,14 @@ def test_what_tells_a_folder_from_another(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_text("abc")
     paths = {"folder": f"{tmp_path}/a", "file": f"{tmp_path}/a/x", "none": f"{tmp_path}/b"}
-    assert seen(paths) == {"folder": ["x"], "file": 3, "none": None}
+    signs = {key: sign_of(path, None) for key, path in paths.items()}
+    assert unseen(signs) == []
+    (tmp_path / "a" / "y").touch()
+    assert unseen(signs) == [], "others may write there meanwhile"
+    (tmp_path / "a" / "x").write_text("abcd")
+    assert unseen(signs) == ["file"]
+    (tmp_path / "a").rename(tmp_path / "elsewhere")
+    assert unseen(signs) == ["folder", "file"]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -46,22 +47,24 @@ def check_shared(paths: Mapping[str, str | None]) -> None:
     if len(nodes) < 2:
         return
     with contextlib.ExitStack() as marks:
-        for path in (path for key, path in local.items() if key in WRITTEN):
-            os.makedirs(path, exist_ok=True)
-            marks.enter_context(tempfile.NamedTemporaryFile(prefix=".avray-shared-", dir=path))
-        here = seen(local)
-        look, use = ray.remote(num_cpus=0)(seen), ray.remote(num_cpus=0)(trouble)
+        signs: dict[str, Sign] = {}
+        for key, path in local.items():
+            mark = None
+            if key in WRITTEN:
+                os.makedirs(path, exist_ok=True)
+                mark = marks.enter_context(tempfile.NamedTemporaryFile(prefix=".avray-shared-", dir=path)).name
+            signs[key] = sign_of(path, mark)
+        look, use = ray.remote(num_cpus=0)(unseen), ray.remote(num_cpus=0)(trouble)
         places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        found = ray.get([look.options(scheduling_strategy=place).remote(local) for place in places])
+        found = ray.get([look.options(scheduling_strategy=place).remote(signs) for place in places])
         troubles = ray.get([use.options(scheduling_strategy=place).remote(urls) for place in places if urls])
     for node, said in zip(nodes, troubles, strict=False):
         if said is not None:
             raise ValueError(f"On the node {node['NodeManagerAddress']}: {said}")
-    for node, there in zip(nodes, found, strict=True):
-        for key, path in local.items():
-            if there[key] != here[key]:
-                raise ValueError(f"{key}={path} is another one, or none, on the node {node['NodeManagerAddress']}: put "
-                                 "it on a file system that every node shares, or give a URL (s3://…).")
+    for node, missing in zip(nodes, found, strict=True):
+        for key in missing:
+            raise ValueError(f"{key}={local[key]} is another one, or none, on the node {node['NodeManagerAddress']}: "
+                             "put it on a file system that every node shares, or give a URL (s3://…).")
 
 
 def trouble(urls: Mapping[str, str]) -> str | None:
@@ -77,13 +80,33 @@ def trouble(urls: Mapping[str, str]) -> str | None:
     return None
 
 
-def seen(paths: Mapping[str, str]) -> dict[str, list[str] | int | None]:
-    """What tells a file or a folder from another, wherever it is mounted: its size, or the first names in it; None for
-    what is not there."""
-    found: dict[str, list[str] | int | None] = {}
-    for key, path in paths.items():
-        try:
-            found[key] = sorted(os.listdir(path))[:NAMES] if os.path.isdir(path) else os.path.getsize(path)
-        except OSError:
-            found[key] = None
-    return found
+@dataclass(frozen=True)
+class Sign:
+    """What tells a file or a folder from another, wherever it is mounted: ``files`` that are in it, or its size. Others
+    may write to a folder meanwhile, so that more may be in it."""
+
+    path: str
+    files: tuple[str, ...] = ()
+    size: int | None = None
+
+
+def sign_of(path: str, mark: str | None) -> Sign:
+    """Of what lies here: the mark, or the first names; a path that is not there has neither."""
+    if mark is not None:
+        return Sign(path, (os.path.basename(mark),))
+    try:
+        if os.path.isdir(path):
+            return Sign(path, tuple(sorted(os.listdir(path))[:NAMES]))
+        return Sign(path, size=os.path.getsize(path))
+    except OSError:
+        return Sign(path)
+
+
+def unseen(signs: Mapping[str, Sign]) -> list[str]:
+    """The settings whose paths are not the same here."""
+    def same(sign: Sign) -> bool:
+        if sign.size is not None:
+            return os.path.isfile(sign.path) and os.path.getsize(sign.path) == sign.size
+        return all(os.path.exists(os.path.join(sign.path, name)) for name in sign.files)
+
+    return [key for key, sign in signs.items() if not same(sign)]

@@ -24,6 +24,7 @@ class Board:
 
 def open_board() -> Any:
     """An actor that takes one call at a time: with several, messages overtook each other, and one that came while the
-    list was taken was lost. It lives on the driver's node, since others may be taken away."""
+    list was taken was lost. It lives on the driver's node, since others may be taken away; where its process is killed
+    another takes its place, and what nobody had read is lost: progress, not checkpoints."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Board).remote()

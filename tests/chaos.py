@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,13 @@ class Nodes:
 
     def add(self) -> None:
         self.start(f"--address={self.address}", "--num-cpus=8")
+
+    def mend(self) -> None:
+        """Start again a node that ended by itself: on a busy machine a raylet may, in its first seconds."""
+        for node in [node for node in self.nodes[1:] if node.poll() is not None]:
+            self.nodes.remove(node)
+            end(node)
+            self.add()
 
     def wait(self) -> None:
         """Until the newest node runs. One after another: a raylet gives up where its agents take over 15 s to start."""
@@ -219,7 +226,7 @@ PIPELINES = (
               "trainer.validate_every_steps=40", "data.embed_num_cpus=0.5"), "checkpoints/*/manifest.json", losses),
     Pipeline("sweep", "tune/sweep.py",
              (*TRAINING, "trainer.max_steps=30", "trainer.validate_every_steps=10", "tune=random",
-              "tune.num_samples=3", "tune.max_concurrent=2", "tune.max_failures=20", "data.embed_num_cpus=0.5",
+              "tune.num_samples=2", "tune.max_concurrent=2", "tune.max_failures=20", "data.embed_num_cpus=0.5",
               "tune.min_steps=10"), "journal.jsonl", trials),
 )
 NUM_RECORDINGS = {"prepare": 600, "train": 12, "sweep": 12}
@@ -250,8 +257,9 @@ class Site:
             if seed is not None:
                 self.disturb(record, drivers, random.Random(seed))
                 (folder / "fast").touch()
+            self.until_ended([*drivers.values()])
             for name, driver in drivers.items():
-                if (code := driver.ended(LIMIT_S)) != 0:
+                if (code := driver.process.poll()) != 0:
                     record.wrong[name] = f"exit {code}: {driver.said()[-1500:]}"
             if not self.served.came_back():
                 record.wrong["serve"] = "the server did not come back"
@@ -267,6 +275,12 @@ class Site:
                 if got != expected:
                     record.wrong[one.name] = f"another result: {difference(got, expected)}"
         return record
+
+    def until_ended(self, drivers: Iterable[Driver]) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while any(driver.process.poll() is None for driver in drivers) and time.monotonic() < deadline:
+            self.nodes.mend()
+            time.sleep(0.2)
 
     def disturb(self, record: Record, drivers: Mapping[str, Driver], rng: random.Random) -> None:
         faults = ["worker"] * NUM_WORKERS + ["node", *drivers]
@@ -323,13 +337,6 @@ class Driver:
         cut_short(self.folder / "run" / "ray")
         self.start()
         return self.pipeline.script
-
-    def ended(self, seconds: float) -> int | None:
-        """Its exit status; None where it has not ended by then."""
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
 
     def said(self) -> str:
         return (self.folder / "log").read_text(errors="replace")

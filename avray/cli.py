@@ -73,7 +73,7 @@ EVALUATE = Command(
     "evaluate", EvaluateSettings,
     "Report on a checkpoint (loss, baselines, metrics, pictures), or on a codec's round trip.",
     ("checkpoint", "run.dir", "data.path", "split", "max_rows", "num_samples", "batch_size", "device",
-     "num_codebooks"),
+     "num_codebooks", "recogniser", "clap"),
     ("checkpoint=runs/x/best", "checkpoint=runs/x/best data.path=/other/wavs split=all",
      "codec=spectral data.path=/my/wavs"),
     extra_keys={"run.dir": ("runs/evaluate-<date>-<time>", _RUN_DIR),

@@ -163,10 +163,14 @@ class EvaluateSettings(CommandSettings):
     """``auto``: cuda where there is one, else cpu."""
     num_codebooks: tuple[int, ...] = (1, 2, 4, 8)
     """Round trips of a codec: the continuous latents, and these many codebooks as far as it has them."""
+    recogniser: str | None = None
+    """A checkpoint of ``audio_gpt2``: the word and character errors of what it hears, for rows with a text."""
+    clap: str | None = None
+    """A folder of transformers' with a CLAP: how near sounds are to their texts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        make_absolute(self, "checkpoint")
+        make_absolute(self, "checkpoint", "recogniser", "clap")
         check_at_least("", self, 1, "max_rows", "batch_size", "slots")
         check_at_least("", self, 0, "num_samples")
         if any(number < 1 for number in self.num_codebooks):

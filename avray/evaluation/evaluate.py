@@ -24,6 +24,7 @@ from avray.data.stream import Pool, prepare
 from avray.devices import device_of
 from avray.engine import Generator
 from avray.errors import DataError
+from avray.evaluation.given import given_metrics
 from avray.evaluation.report import ReportExample, write_report
 from avray.family import ByTask, Family, Judged, Merging, Metric, Options
 from avray.mirror import mirrored
@@ -60,8 +61,9 @@ def evaluate_in(run_dir: Path, settings: EvaluateSettings) -> dict[str, Any]:
     loss = checkpoint_loss(checkpoint, family, plan, cache, device, settings.batch_size, settings.max_rows)
     foreseen = held_out_figures(checkpoint, family, plan, cache, device, settings.batch_size, settings.max_rows)
     answers = generate_samples(settings, family, plan, device)
-    measured = measure(family, answers)
-    by_task = measure_by_task(family, answers)
+    given = given_metrics(settings.recogniser, settings.clap, device)
+    measured = measure(family, answers, given)
+    by_task = measure_by_task(family, answers, given)
     if by_task:
         print(task_table(by_task))
     opened = settings.checkpoint if is_url(settings.checkpoint) else str(checkpoint.path)
@@ -138,23 +140,26 @@ class Measured:
     details: dict[str, Mapping[str, Any]]
 
 
-def measure(family: Family, answers: Sequence[Answer]) -> Measured:
-    """The family's own metrics over what was generated."""
+def measure(family: Family, answers: Sequence[Answer],
+            given: Mapping[str, Callable[[], Metric]] | None = None) -> Measured:
+    """The family's own metrics, and those given, over what was generated."""
     if not answers:
         return Measured({}, {})
-    metrics = _fed(family.metrics(), answers)
+    metrics = _fed({**family.metrics(), **(given or {})}, answers)
     return Measured({name: metric.value() for name, metric in metrics.items()},
                     {name: metric.details() for name, metric in metrics.items() if hasattr(metric, "details")})
 
 
-def measure_by_task(family: Family, answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+def measure_by_task(family: Family, answers: Sequence[Answer],
+                    given: Mapping[str, Callable[[], Metric]] | None = None) -> dict[str, dict[str, float]]:
     """Task -> figure -> value, with the number of examples; nothing for a family of one kind."""
     if not isinstance(family, ByTask):
         return {}
     found: dict[str, dict[str, float]] = {}
     for task in sorted({str(item.fields["task"]) for item in answers if item.fields.get("task")}):
         own = [item for item in answers if item.fields.get("task") == task]
-        figures = {name: metric.value() for name, metric in _fed(family.task_metrics(task), own).items()}
+        builders = {**family.task_metrics(task), **(given or {})}
+        figures = {name: metric.value() for name, metric in _fed(builders, own).items()}
         found[task] = {"examples": float(len(own)), **figures}
     return found
 

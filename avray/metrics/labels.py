@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soxr
 from jaxtyping import Float
 
 from avray.errors import MissingDependency
@@ -100,9 +101,8 @@ def clap_similarity(folder: str | Path) -> Callable[[], TextAudioSimilarity]:
 
     @torch.inference_mode()
     def audio(sound: Audio) -> np.ndarray:
-        if sound.sample_rate_hz != rate:
-            raise ValueError(f"This CLAP is to be given {rate} Hz, got {sound.sample_rate_hz} Hz: resample first.")
-        inputs = processor(audio=sound.samples.mean(0), sampling_rate=rate, return_tensors="pt")
+        samples = soxr.resample(sound.samples.mean(0), sound.sample_rate_hz, rate)
+        inputs = processor(audio=samples, sampling_rate=rate, return_tensors="pt")
         return vectors(model.get_audio_features(**inputs))
 
     @torch.inference_mode()

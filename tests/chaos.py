@@ -1,12 +1,12 @@
-"""Embedding, training, a sweep and a server on three nodes at once while their processes are killed at random moments.
+"""Training that embeds as it goes, a sweep and a server on three nodes at once, while processes are killed at random.
 
     python -m tests.chaos [--seeds 20] [--journal chaos.jsonl]
 
-In the round of a seed, at moments of the seed's, SIGKILL goes to workers (any process with work on any node, Ray's own
-actors among them), to a whole node (another takes its place) and to the driver of each work (started again, with
-``resume=true`` where there is something to go on from; Ray's own files in the run are cut short before). What came of
-it is held against an undisturbed round on the same nodes. The head is spared: a Ray without an outside store ends with
-it. The journal has a line for each round, and a round that is in it is not made again.
+In the round of a seed, or of several, at moments of the seed's, SIGKILL goes to workers (any process with work on any
+node, Ray's own actors among them), to a whole node (another takes its place) and to the driver of each work (started
+again, with ``resume=true`` where there is something to go on from; Ray's own files in the run are cut short before).
+What came of it is held against an undisturbed round on the same nodes. The head is spared: a Ray without an outside
+store ends with it. The journal has a line for each round, and a seed that is in it has no other.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ import requests
 
 from tests.commands import BIN, ROOT, SMALL, TOKEN, free_port, tones
 
-NUM_WORKERS = 4
-"""Killed in a round."""
-SPAN = 0.8
+NUM_WORKERS = 2
+"""Killed for each seed."""
+SPAN = 0.5
 """Of an undisturbed round's time, in which the faults come."""
+EPOCH_S = 4.0
+"""What an epoch takes while there are faults to come."""
 LIMIT_S = 600.0
 """What a run may take after its last fault."""
 IDLE = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -47,7 +49,7 @@ IDLE = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 class Record:
     """A round: what was done, and what is wrong with what came of each work."""
 
-    seed: int
+    seeds: list[int]
     faults: list[dict[str, Any]] = field(default_factory=list)
     wrong: dict[str, str] = field(default_factory=dict)
     seen: dict[str, Any] = field(default_factory=dict)
@@ -166,8 +168,9 @@ class Slow:
         self.fast = Path(folder) / "fast"
 
     def on_epoch_start(self, loop: Any) -> None:
-        if not self.fast.exists():
-            time.sleep(0.5)
+        until = time.monotonic() + EPOCH_S
+        while time.monotonic() < until and not self.fast.exists():
+            time.sleep(0.1)
 
 
 @dataclass(frozen=True)
@@ -184,10 +187,9 @@ class Pipeline:
     def command(self, nodes: Nodes, wavs: Path, folder: Path, round_: Path) -> list[str]:
         again = ["resume=true"] if self.marks and any((folder / "run").glob(self.marks)) else []
         hook = f"[{{_target_: tests.chaos.Slow, folder: {round_}}}]"
-        slow = [] if self.name == "prepare" else [f"trainer.hooks={hook}"]
         return [sys.executable, str(ROOT / self.script), f"cluster={nodes.address}", f"data.path={wavs}",
-                f"data.cache={folder}/cache", f"run.dir={folder}/run", "logging.progress=off", *SMALL, *self.settings,
-                *slow, *again]
+                f"data.cache={folder}/cache", f"run.dir={folder}/run", "logging.progress=off",
+                f"trainer.hooks={hook}", *SMALL, *self.settings, *again]
 
 
 def shards(folder: Path) -> dict[str, str]:
@@ -200,16 +202,15 @@ def shards(folder: Path) -> dict[str, str]:
     return found
 
 
-def losses(folder: Path) -> dict[str, list[str]]:
-    """What was logged of each step: one line, and the same digits."""
-    found: dict[str, list[str]] = {}
+def trained(folder: Path) -> dict[str, Any]:
+    """What was logged of each step (one line, and the same digits), and every file of embeddings."""
+    logged: dict[str, list[str]] = {}
     with open(folder / "run" / "metrics.csv") as file:
         for row in csv.DictReader(file):
             if row["train/loss"]:
-                found.setdefault(row["step"], []).append(row["train/loss"])
+                logged.setdefault(row["step"], []).append(row["train/loss"])
     summary = json.loads((folder / "run" / "summary.json").read_text())
-    return found | {"rows": [str(summary["rows"])], "steps": [str(summary["steps"])],
-                    "best": [f"{summary['best_validation_loss']:.6g}"]}
+    return {**logged, **shards(folder), **{key: summary[key] for key in ("rows", "steps", "best_validation_loss")}}
 
 
 def trials(folder: Path) -> list[dict[str, str]]:
@@ -220,16 +221,16 @@ def trials(folder: Path) -> list[dict[str, str]]:
 TRAINING = ("trainer.batch_size=4", "trainer.num_samples=1", "trainer.log_every_steps=1", "trainer.max_failures=20",
             "trainer.cpus_per_worker=1.5", "trainer.threads_per_worker=1", "trainer.schedule.warmup_steps=0")
 PIPELINES = (
-    Pipeline("prepare", "pipelines/prepare.py", ("data.embed_workers=3", "data.embed_num_cpus=1.5"), "", shards),
     Pipeline("train", "pipelines/train.py",
-             (*TRAINING, "trainer.num_workers=2", "trainer.max_steps=120", "trainer.checkpoint_every_steps=10",
-              "trainer.validate_every_steps=40", "data.embed_num_cpus=0.5"), "checkpoints/*/manifest.json", losses),
+             (*TRAINING, "trainer.num_workers=2", "trainer.max_steps=240", "trainer.checkpoint_every_steps=10",
+              "trainer.validate_every_steps=40", "data.embed_workers=2", "data.embed_num_cpus=0.5"),
+             "checkpoints/*/manifest.json", trained),
     Pipeline("sweep", "tune/sweep.py",
              (*TRAINING, "trainer.max_steps=30", "trainer.validate_every_steps=10", "tune=random",
               "tune.num_samples=2", "tune.max_concurrent=2", "tune.max_failures=20", "data.embed_num_cpus=0.5",
               "tune.min_steps=10"), "journal.jsonl", trials),
 )
-NUM_RECORDINGS = {"prepare": 600, "train": 12, "sweep": 12}
+NUM_RECORDINGS = {"train": 24, "sweep": 12}
 
 
 class Site:
@@ -240,23 +241,23 @@ class Site:
         for name, number in NUM_RECORDINGS.items():
             tones(folder / f"{name}-wavs", number, 1.0)
         self.served = Served(nodes, folder / "serve")
-        first = self.round(None)
+        first = self.round()
         assert not first.wrong, first
         self.span_s = SPAN * first.seconds
 
-    def round(self, seed: int | None) -> Record:
-        """Of a seed, or an undisturbed one."""
-        record, began = Record(-1 if seed is None else seed), time.monotonic()
-        folder = self.folder / f"round{record.seed}"
+    def round(self, *seeds: int) -> Record:
+        """The faults of these seeds, one seed's after the other's; of none, an undisturbed round."""
+        record, began = Record([*seeds]), time.monotonic()
+        folder = self.folder / f"round{len(list(self.folder.glob('round*')))}"
         folder.mkdir()
-        if seed is None:
+        if not seeds:
             (folder / "fast").touch()
         with contextlib.ExitStack() as stack:
             drivers = {one.name: stack.enter_context(Driver(one, self, folder)) for one in PIPELINES}
-            load = Load(self.served, f"{seed}-{time.time_ns()}")
-            if seed is not None:
+            load = Load(self.served, folder.name)
+            for seed in seeds:
                 self.disturb(record, drivers, random.Random(seed))
-                (folder / "fast").touch()
+            (folder / "fast").touch()
             self.until_ended([*drivers.values()])
             for name, driver in drivers.items():
                 if (code := driver.process.poll()) != 0:
@@ -271,7 +272,7 @@ class Site:
         for one in PIPELINES:
             if one.name not in record.wrong:
                 got = one.result(folder / one.name)
-                expected = got if seed is None else one.result(self.folder / "round-1" / one.name)
+                expected = one.result(self.folder / "round0" / one.name)
                 if got != expected:
                     record.wrong[one.name] = f"another result: {difference(got, expected)}"
         return record
@@ -295,7 +296,7 @@ class Site:
                 victim = self.nodes.kill_node(rng)
             else:
                 victim = drivers[fault].kill_and_start()
-            record.faults.append({"fault": fault, "at_s": round(moment, 1), "victim": victim})
+            record.faults.append({"fault": fault, "at_s": round(time.monotonic() - began, 1), "victim": victim})
 
 
 def cut_short(folder: Path) -> None:
@@ -354,8 +355,8 @@ class Driver:
 SECONDS = 2.0
 """Of a generation."""
 SEEDS = 4
-PAUSE_S = 1.0
-"""Of a client: three works more have to share the machine."""
+PAUSE_S = 2.0
+"""Of a client: two works more have to share the machine."""
 
 
 class Served:
@@ -471,7 +472,7 @@ def main() -> None:
     given = parser.parse_args()
     lines = given.journal.read_text().splitlines() if given.journal.exists() else []
     records = [Record(**json.loads(line)) for line in lines]
-    wanted = sorted({*range(given.seeds)} - {record.seed for record in records})
+    wanted = sorted({*range(given.seeds)} - {seed for record in records for seed in record.seeds})
     if wanted:
         with opened() as site:
             for seed in wanted:

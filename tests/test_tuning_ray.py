@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -149,33 +146,6 @@ def test_pbt_copies_weights_and_moments(ray_session: None, common: list[str], tm
         group = state["optimizer"]["param_groups"][0]
         assert group["weight_decay"] == event["params"]["trainer.optimizer.weight_decay"], "its own"
     assert all(record.state == "finished" for record in journal.trials)
-
-
-def test_a_killed_driver_resumes_to_the_same_table(ray_session: None, common: list[str], tmp_path: Path) -> None:
-    arguments = [*common, "tune=random", "tune.num_samples=2"]
-    sweep(compose(SWEEP, [*arguments, f"run.dir={tmp_path}/whole"]))
-    killed = tmp_path / "killed"
-    script = Path(__file__).parents[1] / "tune" / "sweep.py"
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, str(script), *arguments, f"run.dir={killed}"], stdout=log,
-                                   stderr=log, env={**os.environ, "RAY_ADDRESS": ""})
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        journal = killed / "journal.jsonl"
-        if journal.exists() and '"result"' in journal.read_text():
-            break
-        time.sleep(0.1)
-    assert process.poll() is None, (tmp_path / "log").read_text()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(5)  # its Ray ends with it
-    assert Journal(killed / "journal.jsonl").unfinished
-    sweep(compose(SWEEP, [f"run.dir={killed}", "resume=true"]))
-
-    def table(folder: Path) -> list[dict[str, str]]:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder)]
-
-    assert table(killed) == table(tmp_path / "whole")
 
 
 def test_a_sweep_in_which_all_fails_says_the_first_reason(ray_session: None, common: list[str], tmp_path: Path) -> None:

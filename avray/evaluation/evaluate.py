@@ -24,7 +24,7 @@ from avray.data.stream import Pool, prepare
 from avray.devices import device_of
 from avray.engine import Generator
 from avray.errors import DataError
-from avray.evaluation.given import given_metrics
+from avray.evaluation.listeners import given_metrics
 from avray.evaluation.report import ReportExample, write_report
 from avray.family import ByTask, Family, Judged, Merging, Metric, Options
 from avray.mirror import mirrored

@@ -10,7 +10,7 @@ import pytest
 import avray
 from avray.engine import Generated
 from avray.evaluation.evaluate import measure_by_task
-from avray.evaluation.given import given_metrics
+from avray.evaluation.listeners import given_metrics
 from avray.family import Options
 from avray.media import Audio
 from avray.metrics.text import cer, wer

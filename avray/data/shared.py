@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -19,6 +20,7 @@ from avray.store import Store, is_url
 WRITTEN = ("run.dir", "data.cache", "data.demo_dir", "output")
 """Settings that name a folder to write to."""
 NAMES = 1000
+T = TypeVar("T")
 
 
 def shared_paths(data: DataSettings, run_dir: str) -> dict[str, str | None]:
@@ -54,17 +56,27 @@ def check_shared(paths: Mapping[str, str | None]) -> None:
                 os.makedirs(path, exist_ok=True)
                 mark = marks.enter_context(tempfile.NamedTemporaryFile(prefix=".avray-shared-", dir=path)).name
             signs[key] = sign_of(path, mark)
-        look, use = ray.remote(num_cpus=0)(unseen), ray.remote(num_cpus=0)(trouble)
-        places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        found = ray.get([look.options(scheduling_strategy=place).remote(signs) for place in places])
-        troubles = ray.get([use.options(scheduling_strategy=place).remote(urls) for place in places if urls])
-    for node, said in zip(nodes, troubles, strict=False):
+        found = on_each(nodes, unseen, signs)
+        troubles = on_each(nodes, trouble, urls) if urls else []
+    for address, said in troubles:
         if said is not None:
-            raise ValueError(f"On the node {node['NodeManagerAddress']}: {said}")
-    for node, missing in zip(nodes, found, strict=True):
+            raise ValueError(f"On the node {address}: {said}")
+    for address, missing in found:
         for key in missing:
-            raise ValueError(f"{key}={local[key]} is another one, or none, on the node {node['NodeManagerAddress']}: "
-                             "put it on a file system that every node shares, or give a URL (s3://…).")
+            raise ValueError(f"{key}={local[key]} is another one, or none, on the node {address}: put it on a file "
+                             "system that every node shares, or give a URL (s3://…).")
+
+
+def on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[[Any], T], argument: object) -> list[tuple[str, T]]:
+    """What it says on each node, with the node's address; a node that is lost meanwhile is left out."""
+    task = ray.remote(num_cpus=0)(function)
+    asked = [(node["NodeManagerAddress"], task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(
+        node["NodeID"], soft=False)).remote(argument)) for node in nodes]
+    found = []
+    for address, answer in asked:
+        with contextlib.suppress(ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+            found.append((address, ray.get(answer)))
+    return found
 
 
 def trouble(urls: Mapping[str, str]) -> str | None:

@@ -36,7 +36,7 @@ from tests.commands import BIN, ROOT, SMALL, TOKEN, free_port, tones
 
 NUM_WORKERS = 2
 """Killed for each seed."""
-SPAN = 0.5
+SPAN = 0.4
 """Of an undisturbed round's time, in which the faults come."""
 EPOCH_S = 4.0
 """What an epoch takes while there are faults to come."""

@@ -175,17 +175,6 @@ def test_every_verb(ray_session, tmp_path, wavs, spoken, family):
     assert (tmp_path / "many" / f"tone0.{made}").stat().st_mtime_ns == before
 
 
-def test_streaming_stopping_and_resuming_at_three_workers(ray_session, tmp_path, wavs, cache):
-    """The first run streams into an empty cache; the second, cut in the middle, reads what it wrote. Two workers that
-    are killed are in test_chaos, other numbers of them in test_elastic."""
-    many = "trainer.num_workers=3"
-    empty = tmp_path / "cache"
-    run(settings(wavs, empty, tmp_path / "whole", many))
-    run(settings(wavs, cache, tmp_path / "cut", many, "trainer.stop_at_step=2"))
-    run(settings(wavs, cache, tmp_path / "cut", many, "resume=true"))
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-
-
 def test_a_run_is_never_overwritten_or_resumed_by_accident(ray_session, tmp_path, wavs, cache):
     run(settings(wavs, cache, tmp_path / "run", "trainer.max_steps=1"))
     with pytest.raises(ValueError, match="already holds a run .* resume=true, or give another run.dir"):

@@ -267,6 +267,8 @@ class Site:
             load.end()
         record.seconds = round(time.monotonic() - began, 1)
         record.seen = {"streams": load.streams, "jobs": len(load.jobs)}
+        if not (load.jobs and load.streams["whole"]):
+            record.wrong["serve"] = f"it made nothing: {record.seen}"
         if load.wrong:
             record.wrong.setdefault("serve", "; ".join(load.wrong)[:1500])
         for one in PIPELINES:

@@ -103,7 +103,7 @@ def read_rows(path: Path, split: str) -> list[dict[str, Any]]:
 
 def samples_of(path: str) -> np.ndarray:
     """Mono, at the codec's rate."""
-    return resampled(read_audio(path), SAMPLE_RATE_HZ).samples.mean(0, dtype=np.float32)
+    return resampled(read_audio(path), SAMPLE_RATE_HZ)
 
 
 def labels(folder: Path, model: Generator, options: Options) -> dict[str, dict[str, float]]:

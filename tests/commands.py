@@ -66,7 +66,7 @@ def wait_listening(port: int, process: subprocess.Popen[str]) -> None:
         try:
             requests.get(f"http://127.0.0.1:{port}/api/version", timeout=5)
             return
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             time.sleep(0.5)
 
 

@@ -165,7 +165,7 @@ def listening(models: dict[str, Path], serve: ServeSettings, keys: Keys = NO_KEY
     thread.start()
     try:
         for _ in range(200):
-            with contextlib.suppress(requests.ConnectionError):
+            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
                 if requests.get(f"http://127.0.0.1:{port}/v1/health/ready", timeout=10).status_code == 200:
                     break
             time.sleep(0.1)

@@ -27,7 +27,7 @@ def wait_ready(address: str, process: subprocess.Popen[str]) -> None:
         try:
             if requests.get(f"{address}/v1/health/ready", timeout=5).status_code == 200:
                 return
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             pass
         time.sleep(0.5)
     raise AssertionError("it never got ready")

@@ -97,9 +97,9 @@ class Instruct:
     lowpass_hz: float = 8000.0
     """The sample rate that ``super_resolution`` starts from where a row brings no version of its own."""
     condition_dropout: float = 0.2
-    level_mean: float = 0.0
+    level_mean: float = 2.0
     level_spread: float = 1.0
-    duration_weight: float = 0.1
+    duration_weight: float = 1.0
     length_groups: int = 1
     """Parts that a batch goes through the transformer in, by length: padding costs a third of the work on the demo
     set in one part, a tenth in four; a GPU wants one."""

@@ -5,6 +5,10 @@ does not (a description) is asked by cross-attention; and a summary of it, with 
 shift of every norm (AdaLN, Peebles and Xie 2023; ``single`` shares one product between all blocks, Chen et al. 2023,
 PixArt). The second half of the blocks also sees what the first half made, the last first (Bao et al. 2023, U-ViT).
 
+What the products end in is the sound itself, and the direction follows from it, ``(x - sound) / level`` (Li and He
+2025): a position of several frames is wider than the network, and noise, which has no pattern, would not pass through
+it. Sounds do.
+
 Everything that does not depend on the noisy frames is worked out apart (``context``, ``modulations``), once a request
 instead of once a step; training takes the same path. Absent text leaves one learnt token, whose cross-attention needs
 no product at all.
@@ -25,6 +29,8 @@ from avray.nn.transformer import rotary, rotate
 
 AdaLN = Literal["full", "single"]
 _NUM_SINES = 128
+_LOWEST_LEVEL = 0.05
+"""What the direction divides by, at least."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +136,15 @@ class DiT(nn.Module):
 
     def modulations(self, levels: Float[Tensor, " batch"],
                     summary: Float[Tensor, "batch width"]) -> list[tuple[Tensor, ...]]:
-        """For each block twice a shift, a factor and a gate ``[batch, 1, width]``, for the end a shift and a factor."""
+        """For each block twice a shift, a factor and a gate ``[batch, 1, width]``, for the end a shift, a factor and the
+        level ``[batch, 1, 1]``."""
         state = self.level(level_waves(levels).to(summary.dtype)) + summary
         state = F.silu(state)[:, None]
         shared = None if self.shared is None else self.shared(state)
         found = [block.modulation(state, shared).chunk(6, -1) for block in self._blocks()]
         shift, scale = self.last(state).chunk(2, -1)
-        return [*((s1, 1 + f1, g1, s2, 1 + f2, g2) for s1, f1, g1, s2, f2, g2 in found), (shift, 1 + scale)]
+        divisor = levels.clamp_min(_LOWEST_LEVEL)[:, None, None]
+        return [*((s1, 1 + f1, g1, s2, 1 + f2, g2) for s1, f1, g1, s2, f2, g2 in found), (shift, 1 + scale, divisor)]
 
     def angles(self, time: int, device: torch.device) -> Tensor:
         """Of the rotary positions of ``time`` frames."""
@@ -146,7 +154,7 @@ class DiT(nn.Module):
     def run(self, x: Float[Tensor, "batch time channels"], context: Context, modulations: list[tuple[Tensor, ...]],
             valid: Bool[Tensor, "batch time"] | None, angles: Tensor | None = None,
             ) -> Float[Tensor, "batch time channels"]:
-        time, patch = x.shape[1], self.config.patch
+        noisy, time, patch = x, x.shape[1], self.config.patch
         angles = self.angles(time, x.device) if angles is None else angles
         x = self.enter(self.patches(x))
         if valid is not None:
@@ -159,8 +167,9 @@ class DiT(nn.Module):
             x = block(x, skip, context.blocks[index], context.text_mask, modulations[index], angles, valid)
             if skip is None:
                 skips.append(x)
-        shift, factor = modulations[-1]
-        return self.leave(modulated(x, shift, factor)).unflatten(2, (patch, -1)).flatten(1, 2)[:, :time]
+        shift, factor, level = modulations[-1]
+        sound = self.leave(modulated(x, shift, factor)).unflatten(2, (patch, -1)).flatten(1, 2)[:, :time]
+        return (noisy - sound) / level
 
     def patches(self, frames: Tensor) -> Tensor:
         """``[batch, time, width]`` -> ``[batch, time / patch, patch * width]``, the end filled with zeros."""

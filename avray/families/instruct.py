@@ -100,9 +100,6 @@ class Instruct:
     level_mean: float = 2.0
     level_spread: float = 1.0
     duration_weight: float = 1.0
-    length_groups: int = 1
-    """Parts that a batch goes through the transformer in, by length: padding costs a third of the work on the demo
-    set in one part, a tenth in four; a GPU wants one."""
 
     num_steps: int = 20
     solver: Solver = "euler"
@@ -112,7 +109,7 @@ class Instruct:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("segment_s", "text_layers", "text_heads", "max_text", "level_spread", "length_groups"):
+        for name in ("segment_s", "text_layers", "text_heads", "max_text", "level_spread"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"family.{name} must be above 0 and finite, got {getattr(self, name)}.")
         unknown = [task for task in self.tasks if task not in TASKS]
@@ -297,16 +294,12 @@ class Instruct:
         else:
             levels, noise = self._own_draws(batch)
         asked = model.ask(batch.tensors)
-        flow = torch.zeros((), device=device)
-        for some in batch["lengths"].argsort().chunk(self.length_groups):
-            part, time = batch.rows(some), max(1, int(batch["lengths"][some].max()))
-            frames, own = model.normalised(part["output"][:, :time]), noise[some, :time]
-            valid = torch.arange(time, device=device) < part["lengths"][:, None]
-            conditions = model.condition(asked.rows(some), part.tensors, part["lengths"], time, with_text[some],
-                                         with_aligned[some])
-            found = model.network(mixed(frames, own, levels[some]), levels[some], conditions, valid)
-            error = (found.float() - (own - frames)).square().sum(-1)
-            flow = flow + ((error * valid).sum(1) * part["weight"]).sum()
+        frames = model.normalised(batch["output"])
+        valid = torch.arange(frames.shape[1], device=device) < batch["lengths"][:, None]
+        conditions = model.condition(asked, batch.tensors, batch["lengths"], frames.shape[1], with_text, with_aligned)
+        found = model.network(mixed(frames, noise, levels), levels, conditions, valid)
+        error = (found.float() - (noise - frames)).square().sum(-1)
+        flow = ((error * valid).sum(1) * batch["weight"]).sum()
         off = (asked.log_seconds.float() - batch["log_seconds"]).square()
         return {"flow": flow, "duration": (off * batch["told"]).sum()}
 

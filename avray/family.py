@@ -154,10 +154,6 @@ class Batch:
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
         return Batch(moved, self.counts, self.ids)
 
-    def rows(self, index: Tensor) -> Batch:
-        """Some of its rows; the counts are still the whole batch's."""
-        return Batch({name: tensor[index] for name, tensor in self.tensors.items()}, self.counts)
-
     def pin(self) -> Batch:
         return Batch({name: tensor.pin_memory() for name, tensor in self.tensors.items()}, self.counts, self.ids)
 

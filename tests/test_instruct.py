@@ -6,8 +6,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from avray.engine import Engine
 from avray.families.instruct import Instruct
@@ -128,17 +126,6 @@ def test_padding_rows_change_nothing(fitted):
     assert losses(ALL, model, padded) == pytest.approx(losses(ALL, model, alone, seed=5), rel=1e-5)
     for name, terms in ALL.baselines(alone, fitted).items():
         torch.testing.assert_close(ALL.baselines(padded, fitted)[name], terms)
-
-
-@settings(max_examples=10, deadline=None)
-@given(groups=st.integers(1, 7), weights=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=6, max_size=6))
-def test_groups_by_length_change_nothing(groups, weights):
-    fitted = ALL.fit(iter(make_rows()))
-    model = built(ALL, fitted)
-    rows = [{**one, "weight": weight} for one, weight in zip(make_rows(), weights, strict=True)]
-    batch = ALL.collate(rows, fitted)
-    expected = losses(ALL, model, batch)
-    assert losses(dataclasses.replace(ALL, length_groups=groups), model, batch) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_batch_of_nothing_but_padding_has_no_loss_and_finite_gradients(fitted):

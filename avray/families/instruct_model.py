@@ -42,11 +42,6 @@ class Asked:
     summary: Tensor
     log_seconds: Float[Tensor, " batch"]
 
-    def rows(self, index: Tensor) -> Asked:
-        text, spoken, instruction = (None if tokens is None else tokens.rows(index)
-                                     for tokens in (self.text, self.spoken, self.instruction))
-        return Asked(text, spoken, instruction, self.summary[index], self.log_seconds[index])
-
 
 class InstructModel(nn.Module):
     """Frames go in and out as the codec has them and are normalised inside."""

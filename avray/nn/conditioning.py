@@ -44,9 +44,6 @@ class Tokens:
     values: Float[Tensor, "batch time width"]
     valid: Bool[Tensor, "batch time"]
 
-    def rows(self, index: Tensor) -> Tokens:
-        return Tokens(self.values[index], self.valid[index])
-
 
 class EncoderBlock(nn.Module):
     """Pre-norm self-attention (rotary) or, over ``memory``, cross-attention, and an MLP."""

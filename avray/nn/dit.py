@@ -143,8 +143,8 @@ class DiT(nn.Module):
         shared = None if self.shared is None else self.shared(state)
         found = [block.modulation(state, shared).chunk(6, -1) for block in self._blocks()]
         shift, scale = self.last(state).chunk(2, -1)
-        divisor = levels.clamp_min(_LOWEST_LEVEL)[:, None, None]
-        return [*((s1, 1 + f1, g1, s2, 1 + f2, g2) for s1, f1, g1, s2, f2, g2 in found), (shift, 1 + scale, divisor)]
+        level = levels.clamp_min(_LOWEST_LEVEL)[:, None, None]
+        return [*((s1, 1 + f1, g1, s2, 1 + f2, g2) for s1, f1, g1, s2, f2, g2 in found), (shift, 1 + scale, level)]
 
     def angles(self, time: int, device: torch.device) -> Tensor:
         """Of the rotary positions of ``time`` frames."""

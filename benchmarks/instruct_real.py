@@ -44,7 +44,7 @@ from avray.metrics.spectral import log_spectral_distance
 HELD_OUT_SPEAKERS = ("103", "1235", "4441", "6000")
 PIECE_S = 2.0
 EVERY_S = 0.05
-"""Between the beginnings of the pieces that are learnt from, each with a noise of its own: it is two minutes of speech."""
+"""Between the beginnings of the pieces that are learnt from, each with a noise of its own: there are two minutes."""
 NUM_WHITE = 100
 DIMENSIONS = 32
 

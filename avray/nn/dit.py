@@ -136,8 +136,8 @@ class DiT(nn.Module):
 
     def modulations(self, levels: Float[Tensor, " batch"],
                     summary: Float[Tensor, "batch width"]) -> list[tuple[Tensor, ...]]:
-        """For each block twice a shift, a factor and a gate ``[batch, 1, width]``, for the end a shift, a factor and the
-        level ``[batch, 1, 1]``."""
+        """For each block twice a shift, a factor and a gate ``[batch, 1, width]``; for the end a shift, a factor and
+        what the direction divides by, ``[batch, 1, 1]``."""
         state = self.level(level_waves(levels).to(summary.dtype)) + summary
         state = F.silu(state)[:, None]
         shared = None if self.shared is None else self.shared(state)

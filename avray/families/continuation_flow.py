@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from avray.family import Batch, Fitted, Options, Piece
 from avray.nn.dit import level_waves
-from avray.nn.flow import Solver, Walk, draw_levels
+from avray.nn.flow import Solver, Walk, draw_levels, towards
 from avray.nn.kv_cache import CachedTransformer
 from avray.nn.transformer import Transformer, TransformerConfig
 
@@ -117,7 +117,8 @@ class FlowPredictor(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """Residual layers of two products, modulated by what is foreseen and the level of noise."""
+    """Residual layers of two products, modulated by what is foreseen and the level of noise; they say the frame, from
+    which the direction follows."""
 
     def __init__(self, channels: int, width: int, num_layers: int) -> None:
         super().__init__()
@@ -130,12 +131,12 @@ class FlowHead(nn.Module):
     def forward(self, x: Float[Tensor, "*batch channels"], levels: Float[Tensor, "*batch"],
                 told: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch channels"]:
         state = F.silu(told + self.level(level_waves(levels).to(told.dtype)))
-        x = self.enter(x)
+        noisy, x = x, self.enter(x)
         for modulate, up, down in zip(self.modulate, self.up, self.down, strict=True):
             shift, scale, gate = modulate(state).chunk(3, -1)
             hidden = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
             x = x + (1 + gate) * down(F.silu(up(hidden)))
-        return self.leave(F.layer_norm(x, x.shape[-1:]))
+        return towards(noisy, self.leave(F.layer_norm(x, x.shape[-1:])), levels[..., None])
 
 
 def flow_loss(model: FlowPredictor, batch: Batch, generator: torch.Generator) -> Tensor:

@@ -5,9 +5,8 @@ does not (a description) is asked by cross-attention; and a summary of it, with 
 shift of every norm (AdaLN, Peebles and Xie 2023; ``single`` shares one product between all blocks, Chen et al. 2023,
 PixArt). The second half of the blocks also sees what the first half made, the last first (Bao et al. 2023, U-ViT).
 
-What the products end in is the sound itself, and the direction follows from it, ``(x - sound) / level`` (Li and He
-2025): a position of several frames is wider than the network, and noise, which has no pattern, would not pass through
-it. Sounds do.
+What it foresees is the sound itself, from which the direction follows (``flow.towards``): a position of several frames
+is wider than the network, and noise would not pass through.
 
 Everything that does not depend on the noisy frames is worked out apart (``context``, ``modulations``), once a request
 instead of once a step; training takes the same path. Absent text leaves one learnt token, whose cross-attention needs
@@ -25,12 +24,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from avray.nn.flow import towards
 from avray.nn.transformer import rotary, rotate
 
 AdaLN = Literal["full", "single"]
 _NUM_SINES = 128
-_LOWEST_LEVEL = 0.05
-"""What the direction divides by, at least."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +135,14 @@ class DiT(nn.Module):
     def modulations(self, levels: Float[Tensor, " batch"],
                     summary: Float[Tensor, "batch width"]) -> list[tuple[Tensor, ...]]:
         """For each block twice a shift, a factor and a gate ``[batch, 1, width]``; for the end a shift, a factor and
-        what the direction divides by, ``[batch, 1, 1]``."""
+        the level, ``[batch, 1, 1]``."""
         state = self.level(level_waves(levels).to(summary.dtype)) + summary
         state = F.silu(state)[:, None]
         shared = None if self.shared is None else self.shared(state)
         found = [block.modulation(state, shared).chunk(6, -1) for block in self._blocks()]
         shift, scale = self.last(state).chunk(2, -1)
-        level = levels.clamp_min(_LOWEST_LEVEL)[:, None, None]
-        return [*((s1, 1 + f1, g1, s2, 1 + f2, g2) for s1, f1, g1, s2, f2, g2 in found), (shift, 1 + scale, level)]
+        end = (shift, 1 + scale, levels[:, None, None])
+        return [*((s1, 1 + f1, g1, s2, 1 + f2, g2) for s1, f1, g1, s2, f2, g2 in found), end]
 
     def angles(self, time: int, device: torch.device) -> Tensor:
         """Of the rotary positions of ``time`` frames."""
@@ -169,7 +167,7 @@ class DiT(nn.Module):
                 skips.append(x)
         shift, factor, level = modulations[-1]
         sound = self.leave(modulated(x, shift, factor)).unflatten(2, (patch, -1)).flatten(1, 2)[:, :time]
-        return (noisy - sound) / level
+        return towards(noisy, sound, level)
 
     def patches(self, frames: Tensor) -> Tensor:
         """``[batch, time, width]`` -> ``[batch, time / patch, patch * width]``, the end filled with zeros."""

@@ -104,8 +104,8 @@ class Instruct:
     num_steps: int = 20
     solver: Solver = "euler"
     sway: float = -1.0
-    guidance_scale: float = 3.0
-    aligned_guidance_scale: float = 1.5
+    guidance_scale: float = 1.0
+    aligned_guidance_scale: float = 1.0
     rescale: float = 0.0
 
     def __post_init__(self) -> None:

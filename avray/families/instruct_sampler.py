@@ -1,8 +1,8 @@
 """How ``instruct`` generates: slots that each walk from noise to frames on a grid of levels of their own.
 
 What a request asks for is encoded once, when it is admitted: the transformer's share of it, and its norms at every
-level of the walk, for each of the branches that guidance weighs. A slot's branches are run by themselves, so a
-request's frames are the same bits alone and in company, and no step is spent on padding.
+level of the walk, for each of the branches that guidance weighs. A slot's branches are run abreast and slots by
+themselves, so a request's frames are the same bits alone and in company, and no step is spent on padding.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def branches_of(how: Generation, has_text: bool, has_aligned: bool) -> list[Bran
 
 @dataclass
 class _Slot:
-    """``modulations`` hold, for each branch and each level that the walk asks at, what the transformer's norms take."""
+    """``modulations`` hold, for each level that the walk asks at, what the transformer's norms take."""
 
     frames: Tensor
     how: Generation
     branches: list[Branch]
-    contexts: list[Context]
-    modulations: list[dict[float, list[tuple[Tensor, ...]]]]
+    context: Context
+    modulations: dict[float, list[tuple[Tensor, ...]]]
     angles: Tensor
     index: int = 0
 
@@ -102,17 +102,18 @@ class FlowSampler:
         branches = branches_of(how, asked.text is not None and bool(asked.text.valid.any()), any(there) or spoken)
         walk, width = how.walk, len(model.mean)
         levels = sorted({level for index in range(walk.num_steps) for level in walk.asked(index)})
-        contexts, modulations = [], []
+        contexts, summaries = [], []
         for branch in branches:
             flags = [torch.tensor([flag], device=device) for flag in (branch.with_text, branch.with_aligned)]
             conditions = model.condition(asked, batch, torch.tensor([number], device=device), number, *flags)
             contexts.append(model.network.context(conditions.compact()))
-            rows = conditions.summary.expand(len(levels), -1)
-            found = model.network.modulations(torch.tensor(levels, device=device), rows)
-            modulations.append({level: [tuple(part[at : at + 1] for part in parts) for parts in found]
-                                for at, level in enumerate(levels)})
+            summaries.append(conditions.summary)
+        abreast = torch.tensor(levels, device=device).repeat_interleave(len(branches))
+        found = model.network.modulations(abreast, torch.cat(summaries).repeat(len(levels), 1))
+        modulations = {level: [tuple(part[at : at + len(branches)] for part in parts) for parts in found]
+                       for at, level in zip(range(0, len(abreast), len(branches)), levels, strict=True)}
         noise = torch.randn(1, number, width, generator=torch.Generator().manual_seed(seed)).to(device)
-        return _Slot(noise, how, branches, contexts, modulations, model.network.angles(number, device))
+        return _Slot(noise, how, branches, Context.joined(contexts), modulations, model.network.angles(number, device))
 
     @torch.inference_mode()
     def step(self) -> list[Piece]:
@@ -128,6 +129,6 @@ class FlowSampler:
         return pieces
 
     def _velocity(self, slot: _Slot, x: Tensor, level: float) -> Tensor:
-        found = [self.model.network.run(x, context, modulations[level], None, slot.angles)
-                 for context, modulations in zip(slot.contexts, slot.modulations, strict=True)]
-        return guided(torch.cat(found), [branch.weight for branch in slot.branches], slot.how.walk.rescale)[None]
+        abreast = x.expand(len(slot.branches), -1, -1)
+        found = self.model.network.run(abreast, slot.context, slot.modulations[level], None, slot.angles)
+        return guided(found, [branch.weight for branch in slot.branches], slot.how.walk.rescale)[None]

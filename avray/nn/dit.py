@@ -16,6 +16,7 @@ no product at all.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -76,12 +77,13 @@ class Conditions:
 
 @dataclass(frozen=True)
 class BlockContext:
-    """A block's share of the conditions: keys and values ``[batch, heads, text, head]``, or what attention to a single
-    token comes to, ``alone`` ``[batch, 1, width]``; and what is added to its frames."""
+    """A block's share of the conditions: what attention to a single token comes to, ``alone`` ``[rows, 1, width]``, for
+    the first rows, and keys and values ``[rows, heads, text, head]`` for the others; and what is added to the frames of
+    all, ``fused`` ``[batch, positions, width]``."""
 
+    alone: Tensor | None
     key: Tensor | None
     value: Tensor | None
-    alone: Tensor | None
     fused: Tensor | None
 
 
@@ -89,6 +91,19 @@ class BlockContext:
 class Context:
     blocks: list[BlockContext]
     text_mask: Tensor | None
+
+    @staticmethod
+    def joined(contexts: Sequence[Context]) -> Context:
+        """One batch of several single rows, of which at most the last has a text."""
+        assert all(block.key is None for context in contexts[:-1] for block in context.blocks)
+        blocks = [BlockContext(*(_joined([getattr(block, name) for block in same]) for name in (
+            "alone", "key", "value", "fused"))) for same in zip(*(one.blocks for one in contexts), strict=True)]
+        return Context(blocks, contexts[-1].text_mask)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 class DiT(nn.Module):
@@ -204,8 +219,8 @@ class Block(nn.Module):
         key, value = self.answer(tokens).chunk(2, -1)
         fused = None if aligned is None or self.fuse is None else self.fuse(aligned)
         if alone:  # attention over one token is that token
-            return BlockContext(None, None, self.ask_out(value), fused)
-        return BlockContext(self.heads(key), self.heads(value), None, fused)
+            return BlockContext(self.ask_out(value), None, None, fused)
+        return BlockContext(None, self.heads(key), self.heads(value), fused)
 
     def modulation(self, state: Tensor, shared: Tensor | None) -> Tensor:
         if self.modulate is not None:
@@ -228,15 +243,21 @@ class Block(nn.Module):
         query, key = rotate(self.query_norm(query), angles), rotate(self.key_norm(key), angles)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=valid)
         x = torch.addcmul(x, gate1, self.out(attended.transpose(1, 2).flatten(2)))
-        if context.alone is not None:
-            x = x + context.alone
-        else:
-            assert context.key is not None and context.value is not None
-            query = self.heads(self.ask(self.ask_norm(x)))
-            heard = F.scaled_dot_product_attention(query, context.key, context.value, attn_mask=text_mask)
-            x = x + self.ask_out(heard.transpose(1, 2).flatten(2))
+        x = self.heard(x, context, text_mask)
         hidden = F.gelu(self.up(modulated(x, shift2, factor2)), approximate="tanh")
         return torch.addcmul(x, gate2, self.down(F.dropout(hidden, self.dropout, self.training)))
+
+    def heard(self, x: Tensor, context: BlockContext, text_mask: Tensor | None) -> Tensor:
+        """``x`` once it has asked the text."""
+        if context.key is None or context.value is None:
+            assert context.alone is not None
+            return x + context.alone
+        number = len(x) - len(context.key)
+        some = x[number:]
+        query = self.heads(self.ask(self.ask_norm(some)))
+        told = F.scaled_dot_product_attention(query, context.key, context.value, attn_mask=text_mask)
+        some = some + self.ask_out(told.transpose(1, 2).flatten(2))
+        return some if context.alone is None else torch.cat([x[:number] + context.alone, some])
 
 
 def level_waves(levels: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch waves"]:

@@ -1,6 +1,6 @@
 """Does a model trained on the demo set do what its prompts say: pitch, duration and instrument of held-out ones.
 
-    python -m benchmarks.instruct_prompts runs/sounds [--prompts 100] [--json FILE]
+    python -m benchmarks.instruct_prompts runs/sounds [--prompts 100] [--steps N] [--guidance N] [--json FILE]
 
 Prompts are captions of held-out single notes (a sine, a plucked string, a bell). The pitch is the strongest peak of
 the whole sound's spectrum, right within 50 cents; the duration, foreseen from the text, is right within 10 %; the
@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 
-import avray
 from avray.codecs.base import decode_all
 from avray.codecs.spectral import Spectral, SpectralCodec
 from avray.data.demo import Recording, short_recording
 from avray.data.demo_sound import SAMPLE_RATE_HZ, note_hz
+from avray.engine import Generator
+from avray.family import Options, Request
 
 KINDS = ("tone", "pluck", "bell")
 LEARNT_FROM = 300
@@ -36,14 +37,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint")
     parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--steps", type=int, help="of the solver; else the model's own")
+    parser.add_argument("--guidance", type=float)
     parser.add_argument("--json")
     given = parser.parse_args()
     codec = Spectral().load("cpu")
     classify = Classifier(codec, [one for _, one in zip(range(LEARNT_FROM), singles("train"), strict=False)], "kind")
-    model = avray.load(given.checkpoint)
+    model = Generator.open(given.checkpoint)
+    options = Options(num_steps=given.steps, guidance_scale=given.guidance)
     results: dict[str, list[dict[str, float]]] = {"generated": [], "recording, through the codec": []}
     for number, one in zip(range(given.prompts), singles("validation"), strict=False):
-        made = model.generate(str(one.row["text"]), seed=number).audio.samples[0]
+        [answer] = model.generate_many([Request(text=str(one.row["text"]), seed=number, options=options)])
+        made = answer.audio.samples[0]
         real = decode_all(codec, codec.encode_batch([one.samples])[0])
         for name, samples in zip(results, (made, real), strict=True):
             results[name].append(judged(samples, one, classify))

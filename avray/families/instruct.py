@@ -69,6 +69,7 @@ from avray.nn.dit import DiTConfig
 from avray.nn.flow import Solver, Walk, best_linear_loss, draw_levels, mixed
 
 _SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+_SLACK_S = 1e-6
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Instruct:
 
     def refusal(self, row: Row) -> str | None:
         """Of the rows of this model's tasks, those that lack what their task needs, have notes that are none or begin
-        beyond the clip, or whose text is too long (``family.Choosy``)."""
+        beyond the clip, whose text is too long, or the whole sound that it describes (``family.Choosy``)."""
         task = row.get("task") or self.tasks[0]
         if task not in self.tasks:
             return None
@@ -149,6 +150,9 @@ class Instruct:
             parse_notes(given.get("notes") or (), "its notes", row["duration_s"])
             byte_ids(str(row.get("text") or ""), "its text", self.max_text)
             byte_ids(str(row.get("instruction") or ""), "its instruction", self.max_text)
+            if _is_whole(given) and row["duration_s"] > self.segment_s + _SLACK_S:
+                return (f"it lasts {row['duration_s']:.2f} s, over family.segment_s = {self.segment_s:g}: raise that, "
+                        "or cut it, with a text for each piece")
             if wanted == row.get("video"):
                 probe(wanted)  # many a clip has no sound
         except (ValueError, DataError) as error:
@@ -156,9 +160,9 @@ class Instruct:
         return None
 
     def segment(self, rows: Sequence[Row]) -> list[Example]:
-        """A row whose task is among ``tasks`` is one example; one longer than ``segment_s`` is none, unless its task
-        goes from sound or pictures to sound: that is cut into pieces. A clip's own sound is what is wanted of it where
-        it brings no other."""
+        """A row whose task is among ``tasks`` is one example, unless its task goes from sound or pictures to sound:
+        then it is cut into pieces of ``segment_s``. A clip's own sound is what is wanted of it where it brings no
+        other."""
         examples = []
         for row in rows:
             task = row.get("task") or self.tasks[0]
@@ -171,9 +175,7 @@ class Instruct:
         fields = {"task": task, "instruction": row.get("instruction") or TASKS[task].instruction}
         fields |= {name: given[name] for name in ("text", "notes") if name in given}
         fields |= {"text": given["spoken"]} if "spoken" in given else {}
-        if not {"sound", "video"} & set(given):
-            if duration > self.segment_s + 1e-6:
-                return []
+        if _is_whole(given):
             units = {OUTPUT: Unit(row["audio"], "audio", start, duration), **self._text_units(fields)}
             return [Example(str(row["id"]), units, fields, row.get("weight", 1.0))]
         length = min(self.segment_s, duration)
@@ -396,6 +398,11 @@ class Instruct:
     def task_metrics(self, task: str) -> dict[str, Callable[[], Metric]]:
         """What tells whether this task is done (``family.ByTask``)."""
         return task_metrics(task, self.codec)
+
+
+def _is_whole(given: Mapping[Condition, Any]) -> bool:
+    """Whether what a row is given is of its sound as a whole, so that no piece can be learnt."""
+    return not {"sound", "video"} & set(given)
 
 
 def _wanted(row: Row, task: str) -> str | None:

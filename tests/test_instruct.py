@@ -72,7 +72,7 @@ def test_a_captioned_sound_is_one_example():
     assert TINY.refusal(row()) == "text is missing: task text_to_audio needs it."
     assert TINY.refusal(row(text="a" * 513)).startswith("its text has 513 bytes")
     assert TINY.refusal(row(task="speech")) is None and TINY.refusal(row(text="a bell")) is None
-    assert TINY.refusal(row(text="a bell", duration_s=2.5)).startswith("it lasts 2.50 s, over family.segment_s = 2: ")
+    assert TINY.refusal(row(text="a bell", duration_s=2.5)).startswith("it lasts 2.5 s, over family.segment_s = 2: ")
     assert not TINY.segment([row(text="a bell", task="speech")]), "of a task that this model does not learn"
 
 

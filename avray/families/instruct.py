@@ -151,7 +151,7 @@ class Instruct:
             byte_ids(str(row.get("text") or ""), "its text", self.max_text)
             byte_ids(str(row.get("instruction") or ""), "its instruction", self.max_text)
             if _is_whole(given) and row["duration_s"] > self.segment_s + _SLACK_S:
-                return (f"it lasts {row['duration_s']:.2f} s, over family.segment_s = {self.segment_s:g}: raise that, "
+                return (f"it lasts {row['duration_s']:g} s, over family.segment_s = {self.segment_s:g}: raise that, "
                         "or cut it, with a text for each piece")
             if wanted == row.get("video"):
                 probe(wanted)  # many a clip has no sound

@@ -16,6 +16,8 @@ from avray.media import Audio
 from avray.nn.conditioning import AdapterConfig
 from avray.nn.dit import DiTConfig
 from avray.nn.flow import Walk
+from avray.settings.trainer import TrainerSettings
+from avray.train.memory import estimate
 from tests.tiny_codec import HOP, RATE_HZ, SILENCE, WIDTH, TinyConfig
 
 TINY = Instruct(TinyConfig(), segment_s=2.0, network=DiTConfig(width=16, num_layers=2, num_heads=2), text_layers=1,
@@ -292,6 +294,11 @@ def test_golden_output(fitted):
 
 
 GOLDEN = [-0.3076, 0.3962, -0.2233, 0.7121]
+
+
+def test_its_memory_is_foreseen(fitted):
+    """As a dry run does, on tensors without values."""
+    assert estimate(ALL, fitted, ALL.collate(make_rows(), fitted), TrainerSettings()).activations > 0
 
 
 def test_durations_are_judged(fitted):

@@ -145,7 +145,7 @@ class DiT(nn.Module):
             aligned = self.gather(self.patches(conditions.aligned))
         alone = mask.shape[1] == 1
         blocks = [block.context(conditions.tokens, alone, aligned) for block in self._blocks()]
-        return Context(blocks, None if alone or bool(mask.all()) else mask[:, None, None, :])
+        return Context(blocks, None if alone else attended(mask))
 
     def modulations(self, levels: Float[Tensor, " batch"],
                     summary: Float[Tensor, "batch width"]) -> list[tuple[Tensor, ...]]:
@@ -173,7 +173,7 @@ class DiT(nn.Module):
         if valid is not None:
             if patch > 1:
                 valid = F.pad(valid, (0, -time % patch)).unflatten(1, (-1, patch)).any(-1)
-            valid = None if bool(valid.all()) else valid[:, None, None, :]
+            valid = attended(valid)
         skips: list[Tensor] = []
         for index, block in enumerate(self._blocks()):
             skip = skips.pop() if index >= self.config.num_layers // 2 else None
@@ -258,6 +258,11 @@ class Block(nn.Module):
         told = F.scaled_dot_product_attention(query, context.key, context.value, attn_mask=text_mask)
         some = some + self.ask_out(told.transpose(1, 2).flatten(2))
         return some if context.alone is None else torch.cat([x[:number] + context.alone, some])
+
+
+def attended(valid: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 1 time"] | None:
+    """The mask of an attention; None where all is there, which nobody knows of tensors without values."""
+    return None if not valid.is_meta and bool(valid.all()) else valid[:, None, None, :]
 
 
 def level_waves(levels: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch waves"]:

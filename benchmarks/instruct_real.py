@@ -22,12 +22,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soxr
 import torch
 from torch import nn
 
@@ -43,8 +43,10 @@ from avray.metrics.spectral import log_spectral_distance
 
 HELD_OUT_SPEAKERS = ("103", "1235", "4441", "6000")
 PIECE_S = 2.0
-EVERY_S = 0.05
-"""Between the beginnings of the pieces that are learnt from, each with a noise of its own: there are two minutes."""
+SPEEDS = (0.9, 1.0, 1.1)
+"""At which speech and noises are played to learn from (Ko et al. 2015): there are two minutes of speech, 158 noises."""
+EVERY_S = 0.0075
+"""Between the beginnings of the pieces that are learnt from, each with a noise of its own."""
 NUM_WHITE = 100
 DIMENSIONS = 32
 
@@ -78,33 +80,46 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def write_rows(data: Path, folder: Path) -> None:
-    (folder / "noise").mkdir(parents=True)
+    for name in ("noise", "speech"):
+        (folder / name).mkdir(parents=True)
     with open(data / "MANIFEST.csv") as file:
         texts = {row["file"]: row["text"] for row in csv.DictReader(file)}
     sounds = [{"audio": str(path), "text": texts[str(path.relative_to(data))], "label": int(path.parent.name) - 1,
                "split": "validation" if path.name.startswith("3-") else "train"}
               for path in sorted((data / "env" / "esc10").rglob("*.ogg"))]
-    speech = [row for name in ("librispeech", "ljspeech") for path in sorted((data / "speech" / name).iterdir())
-              for row in pieces_of(path)]
+    recordings = [path for name in ("librispeech", "ljspeech") for path in sorted((data / "speech" / name).iterdir())]
+    held = [path for path in recordings if path.name.split("-")[0] in HELD_OUT_SPEAKERS]
+    speech = [{"audio": str(path), "split": "validation"} for path in held]
+    for path in recordings:
+        if path not in held:
+            speech += [row for copy in at_speeds(path, folder / "speech") for row in pieces_of(copy)]
     for name, rows in (("esc10", sounds), ("speech", speech)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for sound in sounds:
         if sound["split"] == "train":
-            shutil.copy(str(sound["audio"]), folder / "noise")
+            at_speeds(Path(str(sound["audio"])), folder / "noise")
     rng = np.random.default_rng(0)
     for index in range(NUM_WHITE):
-        white = Audio((0.1 * rng.standard_normal((1, 5 * SAMPLE_RATE_HZ))).astype(np.float32), SAMPLE_RATE_HZ)
-        write_audio(folder / "noise" / f"white{index:03d}.wav", white, "wav")
+        write(folder / "noise" / f"white{index:03d}.wav", 0.1 * rng.standard_normal(5 * SAMPLE_RATE_HZ))
     print(f"{len(sounds)} sounds, {len(speech)} pieces of speech and {NUM_WHITE} of white noise are in {folder}")
 
 
+def at_speeds(path: Path, folder: Path) -> list[Path]:
+    """Copies of a recording, its pitch as much higher as it is shorter."""
+    copies = []
+    for speed in SPEEDS:
+        copies.append(folder / f"{path.stem}@{speed:g}.wav")
+        write(copies[-1], soxr.resample(samples_of(str(path)), SAMPLE_RATE_HZ * speed, SAMPLE_RATE_HZ))
+    return copies
+
+
+def write(path: Path, samples: np.ndarray) -> None:
+    write_audio(path, Audio(samples[None].astype(np.float32), SAMPLE_RATE_HZ), "wav")
+
+
 def pieces_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a recording: overlapping pieces to learn from, or where its speaker is held out the whole."""
-    if path.name.split("-")[0] in HELD_OUT_SPEAKERS:
-        yield {"audio": str(path), "split": "validation"}
-        return
     for index in range(int((probe(str(path)).duration_s - PIECE_S) / EVERY_S) + 1):
-        yield {"audio": str(path), "start_s": round(index * EVERY_S, 3), "duration_s": PIECE_S, "split": "train"}
+        yield {"audio": str(path), "start_s": round(index * EVERY_S, 4), "duration_s": PIECE_S, "split": "train"}
 
 
 def read_rows(path: Path, split: str) -> list[dict[str, Any]]:

@@ -84,6 +84,18 @@ def test_a_recording_to_be_enhanced_is_cut_into_pieces():
     assert {unit.source for unit in examples[0].units.values()} == {"/a.wav", "/clean.wav"}
 
 
+def test_each_version_of_a_piece_has_a_noise_of_its_own():
+    noisy = row(task="enhancement", duration_s=4.1)
+    family = dataclasses.replace(ALL, noisy_versions=3)
+    examples = family.segment([noisy])
+    assert len(examples) == len({example.id for example in examples}) == 6
+    assert len({example.units["sound"].recipe for example in examples}) == 6
+    assert {example.units["output"].recipe for example in examples} == {""}
+    assert [example for example in examples if "~" not in example.id] == ALL.segment([noisy])
+    assert len(family.segment([noisy | {"target_audio": "/clean.wav"}])) == 2, "which has its noise"
+    assert len(family.segment([row(task="super_resolution")])) == 1
+
+
 @pytest.mark.parametrize(("note", "reason"), [
     ({"pitch": "C4", "start_s": 1.6, "duration_s": 1}, r"notes\[1\] begins at 1.6 s, beyond the clip of 1.5 s"),
     ({"pitch": "H4", "start_s": 1, "duration_s": 1}, "pitch 'H4' is no note"),
@@ -105,7 +117,8 @@ def test_a_roll_holds_pitches_between_keys_and_glides():
 
 
 @pytest.mark.parametrize(("changes", "key"), [
-    ({"tasks": ("sing",)}, "family.tasks"), ({"tasks": ()}, "family.tasks"), ({"segment_s": 0.0}, "family.segment_s"),
+    ({"tasks": ("sing",)}, "family.tasks"), ({"tasks": ()}, "family.tasks"),
+    ({"noisy_versions": 0}, "family.noisy_versions"), ({"segment_s": 0.0}, "family.segment_s"),
     ({"segment_s": float("inf")}, "family.segment_s"), ({"guidance_scale": float("nan")}, "guidance_scale"),
     ({"aligned_guidance_scale": -1.0}, "aligned_guidance_scale"), ({"text_heads": 3}, "family.text_heads"),
     ({"tasks": ("enhancement",), "adapter": AdapterConfig("prefix")}, "prefix .* task enhancement has not"),
@@ -314,8 +327,8 @@ def test_another_codec_is_refused(fitted):
 
 
 @pytest.mark.parametrize(("choice", "parameters"), [
-    ("instruct", 4_588_673), ("instruct_small", 210_953_602), ("instruct_base", 744_797_186),
-    ("instruct_large", 1_549_951_618)])
+    ("instruct", 4_588_673), ("instruct_small", 211_052_034), ("instruct_base", 744_944_770),
+    ("instruct_large", 1_550_148_354)])
 def test_presets_have_the_sizes_they_say(choice, parameters):
     from avray.cli import TRAIN, compose
     from avray.registry import family_from_settings

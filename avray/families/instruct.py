@@ -15,6 +15,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ class Instruct:
     """Of the noise added for ``enhancement`` where a row brings no noisy version."""
     noise_folder: str | None = None
     """Recordings to add as noise; null: white noise."""
+    noisy_versions: int = 1
+    """Of each piece for ``enhancement``, every one an example under a noise of its own: with a few minutes of speech, a
+    model of one version learns these noises by heart."""
     lowpass_hz: float = 8000.0
     """The sample rate that ``super_resolution`` starts from where a row brings no version of its own."""
     condition_dropout: float = 0.2
@@ -110,7 +114,7 @@ class Instruct:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("segment_s", "text_layers", "text_heads", "max_text", "level_spread"):
+        for name in ("segment_s", "text_layers", "text_heads", "max_text", "level_spread", "noisy_versions"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"family.{name} must be above 0 and finite, got {getattr(self, name)}.")
         unknown = [task for task in self.tasks if task not in TASKS]
@@ -179,16 +183,19 @@ class Instruct:
             units = {OUTPUT: Unit(row["audio"], "audio", start, duration), **self._text_units(fields)}
             return [Example(str(row["id"]), units, fields, row.get("weight", 1.0))]
         length = min(self.segment_s, duration)
+        made_noisy = TASKS[task].recipe == "noise" and not row.get("target_audio")
         examples = []
-        for index in range(int(duration / length + 1e-6)):
+        for index, version in product(range(int(duration / length + 1e-6)),
+                                      range(self.noisy_versions if made_noisy else 1)):
             at = round(start + index * length, 6)
+            name = f"{row['id']}@{at:.3f}" + (f"~{version}" if version else "")
             units = {OUTPUT: Unit(str(_wanted(row, task)), "audio", at, length), **self._text_units(fields)}
             if "video" in given:
                 units[VIDEO] = Unit(given["video"], "video", at, length)
             else:
-                recipe = "" if row.get("target_audio") else self._recipe(task, f"{row['id']}@{at:.3f}")
+                recipe = "" if row.get("target_audio") else self._recipe(task, name)
                 units[SOUND] = Unit(given["sound"], "audio", at, length, recipe)
-            examples.append(Example(f"{row['id']}@{at:.3f}", units, fields, row.get("weight", 1.0)))
+            examples.append(Example(name, units, fields, row.get("weight", 1.0)))
         return examples
 
     def _read(self, fields: Mapping[str, Any]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from avray.nn.conditioning import (
     Summary,
     TextEncoder,
     Tokens,
+    fitting,
     init_conditioning,
     stretched,
 )
@@ -61,7 +62,7 @@ class InstructModel(nn.Module):
         self.start, self.nothing = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
         self.aligned = AlignedEncoder(sources, width) if sources else None
         self.duration = DurationPredictor(width, "spoken" in widths)
-        self.network = DiT(network, fitted.data["width"], bool(sources))
+        self.network = DiT(network, fitted.data["width"], bool(sources), "sound" in sources)
         self.mean, self.scale = (torch.from_numpy(fitted.arrays[name].copy()) for name in ("mean", "scale"))
         self.seconds_mean, self.seconds_scale = fitted.data["log_seconds"]
 
@@ -116,7 +117,13 @@ class InstructModel(nn.Module):
             durations = self.duration.characters(asked.spoken).detach()
             sources["spoken"] = stretched(asked.spoken, durations, lengths, num_frames)
             present["spoken"] = asked.spoken.valid.any(1) & with_aligned
+        heard = None
+        if self.network.keep is not None:
+            heard = torch.zeros(len(lengths), num_frames, len(self.mean), device=lengths.device)
+            if "sound" in sources:
+                heard = fitting(sources["sound"], num_frames) * present["sound"][:, None, None]
         if not sources:
-            return Conditions(tokens, valid, summary, self.aligned.absent.expand(len(lengths), num_frames, -1))
-        aligned = self.adapter.ask(self.aligned(sources, present, lengths, num_frames), asked.instruction)
-        return Conditions(tokens, valid, summary, aligned)
+            aligned = self.aligned.absent.expand(len(lengths), num_frames, -1)
+        else:
+            aligned = self.adapter.ask(self.aligned(sources, present, lengths, num_frames), asked.instruction)
+        return Conditions(tokens, valid, summary, aligned, heard)

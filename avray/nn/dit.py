@@ -6,7 +6,8 @@ shift of every norm (AdaLN, Peebles and Xie 2023; ``single`` shares one product 
 PixArt). The second half of the blocks also sees what the first half made, the last first (Bao et al. 2023, U-ViT).
 
 What it foresees is the sound itself, from which the direction follows (``flow.towards``): a position of several frames
-is wider than the network, and noise would not pass through.
+is wider than the network, and noise would not pass through. Where a sound is given that it is to be like (a noisy one, a
+dull one), it foresees how much of that to keep in each channel and what to add: fine detail need not pass either.
 
 Everything that does not depend on the noisy frames is worked out apart (``context``, ``modulations``), once a request
 instead of once a step; training takes the same path. Absent text leaves one learnt token, whose cross-attention needs
@@ -62,17 +63,19 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a sound is to be. ``tokens`` begin with one that is always there; ``aligned`` lies along the frames."""
+    """What a sound is to be. ``tokens`` begin with one that is always there; ``aligned`` lies along the frames, as does
+    ``heard``, a sound that it is to be like, zero where there is none."""
 
     tokens: Float[Tensor, "batch text width"]
     token_valid: Bool[Tensor, "batch text"]
     summary: Float[Tensor, "batch width"]
     aligned: Float[Tensor, "batch time width"] | None = None
+    heard: Float[Tensor, "batch time channels"] | None = None
 
     def compact(self) -> Conditions:
         """Without the columns of tokens that no row has."""
         some = self.token_valid.any(0)
-        return Conditions(self.tokens[:, some], self.token_valid[:, some], self.summary, self.aligned)
+        return Conditions(self.tokens[:, some], self.token_valid[:, some], self.summary, self.aligned, self.heard)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class BlockContext:
 class Context:
     blocks: list[BlockContext]
     text_mask: Tensor | None
+    heard: Tensor | None
 
     @staticmethod
     def joined(contexts: Sequence[Context]) -> Context:
@@ -98,7 +102,7 @@ class Context:
         assert all(block.key is None for context in contexts[:-1] for block in context.blocks)
         blocks = [BlockContext(*(_joined([getattr(block, name) for block in same]) for name in (
             "alone", "key", "value", "fused"))) for same in zip(*(one.blocks for one in contexts), strict=True)]
-        return Context(blocks, contexts[-1].text_mask)
+        return Context(blocks, contexts[-1].text_mask, _joined([context.heard for context in contexts]))
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -107,9 +111,10 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 class DiT(nn.Module):
-    """Directions for noisy frames ``[batch, time, channels]``; ``has_aligned`` where some condition lies in time."""
+    """Directions for noisy frames ``[batch, time, channels]``; ``has_aligned`` where some condition lies in time,
+    ``has_heard`` where one of them is a sound to be like."""
 
-    def __init__(self, config: DiTConfig, channels: int, has_aligned: bool = True) -> None:
+    def __init__(self, config: DiTConfig, channels: int, has_aligned: bool = True, has_heard: bool = False) -> None:
         super().__init__()
         self.config, width, half = config, config.width, config.num_layers // 2
         self.enter = nn.Linear(config.patch * channels, width)
@@ -119,13 +124,14 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index >= half, has_aligned) for index in range(config.num_layers))
         self.last = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, config.patch * channels)
+        self.keep = nn.Linear(width, config.patch * channels) if has_heard else None
 
     def init(self, generator: torch.Generator) -> None:
         """Glorot's, and 0 for what opens a residual branch, so that a block begins as the identity."""
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2 or name.endswith("table"):
                 nn.init.ones_(parameter) if "norm" in name else nn.init.zeros_(parameter)
-            elif any(part in name for part in ("modulate", "shared", "last.", "leave", "ask_out", "fuse")):
+            elif any(part in name for part in ("modulate", "shared", "last.", "leave", "keep", "ask_out", "fuse")):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.xavier_uniform_(parameter, generator=generator)
@@ -145,7 +151,7 @@ class DiT(nn.Module):
             aligned = self.gather(self.patches(conditions.aligned))
         alone = mask.shape[1] == 1
         blocks = [block.context(conditions.tokens, alone, aligned) for block in self._blocks()]
-        return Context(blocks, None if alone else attended(mask))
+        return Context(blocks, None if alone else attended(mask), conditions.heard)
 
     def modulations(self, levels: Float[Tensor, " batch"],
                     summary: Float[Tensor, "batch width"]) -> list[tuple[Tensor, ...]]:
@@ -181,7 +187,11 @@ class DiT(nn.Module):
             if skip is None:
                 skips.append(x)
         shift, factor, level = modulations[-1]
-        sound = self.leave(modulated(x, shift, factor)).unflatten(2, (patch, -1)).flatten(1, 2)[:, :time]
+        x = modulated(x, shift, factor)
+        sound = self.frames(self.leave(x), time)
+        if self.keep is not None:
+            assert context.heard is not None
+            sound = torch.addcmul(sound, context.heard, self.frames(self.keep(x), time))
         return towards(noisy, sound, level)
 
     def patches(self, frames: Tensor) -> Tensor:
@@ -190,6 +200,10 @@ class DiT(nn.Module):
         if patch == 1:
             return frames
         return F.pad(frames, (0, 0, 0, -frames.shape[1] % patch)).unflatten(1, (-1, patch)).flatten(2)
+
+    def frames(self, patches: Tensor, time: int) -> Tensor:
+        """``[batch, positions, patch * width]`` -> ``[batch, time, width]``."""
+        return patches.unflatten(2, (self.config.patch, -1)).flatten(1, 2)[:, :time]
 
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Training that embeds as it goes, a sweep and a server on three nodes at once, while processes are killed at random.
 
-    python -m tests.chaos [--seeds 20] [--journal chaos.jsonl]
+    python -m tests.chaos [--seeds 20] [--together 4] [--journal chaos.jsonl]
 
 In the round of a seed, or of several, at moments of the seed's, SIGKILL goes to workers (any process with work on any
 node, Ray's own actors among them), to a whole node (another takes its place) and to the driver of each work (started
@@ -470,6 +470,7 @@ def opened() -> Iterator[Site]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--together", type=int, default=4, help="seeds a round")
     parser.add_argument("--journal", type=Path, default=Path("chaos.jsonl"))
     given = parser.parse_args()
     lines = given.journal.read_text().splitlines() if given.journal.exists() else []
@@ -477,8 +478,8 @@ def main() -> None:
     wanted = sorted({*range(given.seeds)} - {seed for record in records for seed in record.seeds})
     if wanted:
         with opened() as site:
-            for seed in wanted:
-                records.append(site.round(seed))
+            for at in range(0, len(wanted), given.together):
+                records.append(site.round(*wanted[at : at + given.together]))
                 with open(given.journal, "a") as file:
                     print(json.dumps(asdict(records[-1])), file=file)
                 print(json.dumps(asdict(records[-1]), indent=1), flush=True)
@@ -488,8 +489,9 @@ def main() -> None:
 def table(records: Sequence[Record]) -> str:
     """A line for each work; a fault counts where it met something."""
     met = [one["fault"] for record in records for one in record.faults if one["victim"]]
-    lines = [f"{len(records)} rounds, {met.count('worker')} workers and {met.count('node')} nodes with work killed", "",
-             "| work | its driver killed | as if undisturbed |", "|---|---|---|"]
+    seeds = sum(len(record.seeds) for record in records)
+    lines = [f"{seeds} seeds in {len(records)} rounds: killed {met.count('worker')} workers and {met.count('node')} nodes "
+             "at work", "", "| work | its driver killed | as if undisturbed |", "|---|---|---|"]
     for work in (*(one.name for one in PIPELINES), "serve"):
         right = sum(work not in record.wrong for record in records)
         lines.append(f"| {work} | {met.count(work)} | {right} of {len(records)} |")

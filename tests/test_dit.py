@@ -75,6 +75,19 @@ def test_a_new_network_foresees_silence():
     assert made(x, torch.zeros(2), conditions()).isfinite().all()
 
 
+@pytest.mark.parametrize("patch", [1, 3])
+def test_what_is_heard_may_pass_to_the_exit(patch):
+    """A gate of 1 leads to the very sound, of 0 nowhere else than without it; every bit passes, whatever the patch."""
+    made = DiT(dataclasses.replace(CONFIG, patch=patch), CHANNELS, has_heard=True)
+    made.init(torch.Generator().manual_seed(0))
+    x, levels, heard = noise(2, TIME, CHANNELS), torch.tensor([0.1, 0.9]), noise(2, TIME, CHANNELS, seed=4)
+    asked = dataclasses.replace(conditions(), heard=heard)
+    torch.testing.assert_close(made(x, levels, asked), x / levels[:, None, None])
+    torch.nn.init.ones_(made.keep.bias)
+    torch.testing.assert_close(x - levels[:, None, None] * made(x, levels, asked), heard)
+    assert asked.compact().heard is heard
+
+
 @pytest.mark.parametrize("wrong", [{"num_layers": 3}, {"num_heads": 5}, {"adaln": "zero"}, {"width": 0},
                                    {"dropout": 1.0}])
 def test_bad_sizes_are_refused_by_name(wrong):

@@ -6,7 +6,7 @@ shift of every norm (AdaLN, Peebles and Xie 2023; ``single`` shares one product 
 PixArt). The second half of the blocks also sees what the first half made, the last first (Bao et al. 2023, U-ViT).
 
 What it foresees is the sound itself, from which the direction follows (``flow.towards``): a position of several frames
-is wider than the network, and noise would not pass through. Where a sound is given that it is to be like (a noisy one, a
+is wider than the network, and noise would not pass through. Where a sound is given that it is to be like (a noisy or a
 dull one), it foresees how much of that to keep in each channel and what to add: fine detail need not pass either.
 
 Everything that does not depend on the noisy frames is worked out apart (``context``, ``modulations``), once a request

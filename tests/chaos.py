@@ -490,8 +490,8 @@ def table(records: Sequence[Record]) -> str:
     """A line for each work; a fault counts where it met something."""
     met = [one["fault"] for record in records for one in record.faults if one["victim"]]
     seeds = sum(len(record.seeds) for record in records)
-    lines = [f"{seeds} seeds in {len(records)} rounds: killed {met.count('worker')} workers and {met.count('node')} nodes "
-             "at work", "", "| work | its driver killed | as if undisturbed |", "|---|---|---|"]
+    lines = [f"{seeds} seeds in {len(records)} rounds; at work when killed: {met.count('worker')} workers, "
+             f"{met.count('node')} nodes", "", "| work | its driver killed | as if undisturbed |", "|---|---|---|"]
     for work in (*(one.name for one in PIPELINES), "serve"):
         right = sum(work not in record.wrong for record in records)
         lines.append(f"| {work} | {met.count(work)} | {right} of {len(records)} |")

@@ -4,7 +4,7 @@
     python pipelines/train.py experiment=instruct_esc10 data.path=FOLDER/esc10.jsonl data.allowed_roots=[DATA] \\
         run.dir=runs/esc10
     python pipelines/train.py experiment=instruct_enhancement data.path=FOLDER/speech.jsonl data.allowed_roots=[DATA] \\
-        family.noise_folder=FOLDER/noise run.dir=runs/clean
+        family.noise_folder=FOLDER/noise family.noisy_versions=1 run.dir=runs/clean
     python -m benchmarks.instruct_real labels FOLDER runs/esc10
     python -m benchmarks.instruct_real clean FOLDER runs/clean
 

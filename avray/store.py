@@ -18,6 +18,8 @@ import fsspec
 
 from avray.errors import DataError, MissingDependency
 
+MARK = ".avray-"
+"""What names of files begin with that are there for a moment, to see whether and by whom a folder can be used."""
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """avray's extra for a scheme."""
 CURE = ("look at the bucket's name, the credentials of this machine and, where there is one, the endpoint "
@@ -136,7 +138,7 @@ class Store:
 
     def check_writable(self, setting: str) -> None:
         """Write, read and remove a small file. ValueError, naming ``setting`` and the cure, where that fails."""
-        name = f".avray-check-{secrets.token_hex(4)}"
+        name = f"{MARK}check-{secrets.token_hex(4)}"
         try:
             self.write(name, b"avray")
             if self.read(name) != b"avray":

@@ -179,6 +179,11 @@ def test_a_name_already_used(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="resume=true and .* holds no sweep"):
         check_folder(sweep_settings(f"run.dir={tmp_path}/a", "resume=true"), journal)
     journal.parent.mkdir()
+    (journal.parent / ".avray-shared-a1b2").touch()  # of a driver that was killed while it asked who sees this folder
+    check_folder(settings, journal)
+    (journal.parent / "notes.txt").touch()
+    with pytest.raises(ValueError, match="holds files already: give another run.dir"):
+        check_folder(settings, journal)
     journal.touch()
     with pytest.raises(ValueError, match="holds a sweep: go on with it by resume=true, or give another run.dir"):
         check_folder(settings, journal)

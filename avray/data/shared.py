@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from avray.config import DataSettings
 from avray.errors import DataError, MissingDependency
-from avray.store import Store, is_url
+from avray.store import MARK, Store, is_url
 
 WRITTEN = ("run.dir", "data.cache", "data.demo_dir", "output")
 """Settings that name a folder to write to."""
@@ -54,7 +54,7 @@ def check_shared(paths: Mapping[str, str | None]) -> None:
             mark = None
             if key in WRITTEN:
                 os.makedirs(path, exist_ok=True)
-                mark = marks.enter_context(tempfile.NamedTemporaryFile(prefix=".avray-shared-", dir=path)).name
+                mark = marks.enter_context(tempfile.NamedTemporaryFile(prefix=f"{MARK}shared-", dir=path)).name
             signs[key] = sign_of(path, mark)
         found = on_each(nodes, unseen, signs)
         troubles = on_each(nodes, trouble, urls) if urls else []

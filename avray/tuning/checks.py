@@ -10,7 +10,7 @@ from avray.config import SweepSettings, TrainSettings, to_mapping
 from avray.registry import family_from_settings
 from avray.settings.convert import did_you_mean
 from avray.settings.describe import describe, hint_of
-from avray.store import is_url
+from avray.store import MARK, is_url
 from avray.tuning.scheduling import perturb_every
 from avray.tuning.space import Space, look_up
 from avray.tuning.trial import ON_DISK, trial_settings
@@ -110,6 +110,6 @@ def check_folder(settings: SweepSettings, journal: Path) -> None:
     folder = journal.parent
     if settings.resume and not journal.exists():
         raise ValueError(f"resume=true and {folder} holds no sweep: start it without resume, or name one in run.dir.")
-    if not settings.resume and folder.exists() and any(folder.iterdir()):
+    if not settings.resume and folder.exists() and any(not path.name.startswith(MARK) for path in folder.iterdir()):
         what = "a sweep: go on with it by resume=true, or" if journal.exists() else "files already:"
         raise ValueError(f"run.dir={folder} holds {what} give another run.dir.")

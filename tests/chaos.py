@@ -353,7 +353,9 @@ class Driver:
             time.sleep(0.2)
 
     def said(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
+        """Without what Ray's nodes say in between."""
+        lines = (self.folder / "log").read_text(errors="replace").splitlines()
+        return "\n".join(line for line in lines if "(raylet)" not in line and not line.startswith("\t"))
 
     def __enter__(self) -> Driver:
         return self

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import soundfile
@@ -12,7 +14,7 @@ import torch
 
 from avray.checkpoint import Checkpoint, newest
 from avray.cli import EVALUATE, GENERATE, PREPARE, TRAIN, compose
-from avray.errors import CheckpointError, DataError, TrainingFailed
+from avray.errors import CheckpointError, DataError, TrainingFailed, WorkerFailed
 from avray.media import Video, write_video
 from avray.registry import family_from_settings
 
@@ -181,6 +183,33 @@ def test_a_run_is_never_overwritten_or_resumed_by_accident(ray_session, tmp_path
         run(settings(wavs, cache, tmp_path / "run"))
     with pytest.raises(CheckpointError, match="has no complete checkpoint"):
         run(settings(wavs, cache, tmp_path / "none", "resume=true"))
+
+
+class KillsItsController:
+    """A hook that kills the controller of its group before the second validation, once."""
+
+    def __init__(self, folder):
+        self.done = Path(folder) / "killed"
+
+    def on_validation_start(self, loop):
+        if loop.step and not self.done.exists():
+            self.done.touch()
+            killed = [one for one in psutil.Process().parent().children() if "TrainController" in one.cmdline()[0]]
+            assert killed
+            for one in killed:
+                one.kill()
+            time.sleep(60)  # until this worker's end, which its owner's is
+
+
+def test_a_lost_controller_is_a_failure_like_another(ray_session, tmp_path, wavs, cache):
+    hook = f"trainer.hooks=[{{_target_: {__name__}.KillsItsController, folder: {tmp_path}}}]"
+    with pytest.raises(WorkerFailed, match="workers was lost, with trainer.max_failures = 0: go on by resume=true"):
+        run(settings(wavs, cache, tmp_path / "run", hook))
+    (tmp_path / "killed").unlink()
+    summary = run(settings(wavs, cache, tmp_path / "again", hook, "trainer.max_failures=1"))
+    assert summary["steps"] == 6 and (tmp_path / "killed").exists()
+    run(settings(wavs, cache, tmp_path / "run", "resume=true"))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "again"))
 
 
 def test_dry_run_does_everything_once(ray_session, tmp_path, wavs, cache):

@@ -142,7 +142,11 @@ def needs(settings: TrainSettings, pools: int, trials: int = 1) -> Needs:
 
 
 def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mapping[str, Any]:
-    """Run the workers; returns rank 0's outcome."""
+    """Run the workers; returns rank 0's outcome.
+
+    Ray's controller starts lost workers again, and nobody the controller: where it is lost itself, or what rank 0 said
+    at the end, the group is started anew from the newest checkpoint, as often as ``trainer.max_failures`` allows.
+    """
     settings, trainer = job.settings, job.settings.trainer
     run_name, storage = Path(settings.run.dir).name, Store(settings.run.dir)
     cache = Cache(settings.data.cache)
@@ -155,27 +159,33 @@ def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mappin
     if trainer.is_elastic:
         counts = job.train_order.worker_counts(trainer.min_workers, trainer.max_workers, trainer.accumulate)
         kind = functools.partial(ElasticTrainer, counts=counts)
-    with watch.following(board):
-        try:
-            kind(
-                work,
-                train_loop_config={"job": reference, "board": board, "streaming": streaming,
-                                   "on_cluster": bool(settings.cluster or os.environ.get("RAY_ADDRESS"))},
-                scaling_config=ScalingConfig(num_workers=trainer.num_workers, use_gpu=trainer.use_gpu,
-                                             elastic_resize_monitor_interval_s=trainer.resize_interval_s,
-                                             resources_per_worker={"CPU": trainer.cpus_per_worker,
-                                                                   **({"GPU": 1} if trainer.use_gpu else {})}),
-                torch_config=TorchConfig(backend="nccl" if trainer.use_gpu else "gloo"),
-                run_config=RunConfig(name=f"{run_name}-{time.time_ns()}", storage_path=storage.inner("ray"),
-                                     storage_filesystem=storage.arrow(),
-                                     failure_config=FailureConfig(max_failures=trainer.max_failures)),
-                datasets=datasets or None,
-                dataset_config=InOrder(),
-            ).fit()
-        except ray.train.TrainingFailedError as error:
-            raise explained(error) from error
-    assert watch.outcome is not None, "rank 0 says what came of it before the group ends"
-    return watch.outcome
+    lost: ray.exceptions.RayActorError | None = None
+    for _ in range(trainer.max_failures + 1):
+        with watch.following(board):
+            try:
+                kind(
+                    work,
+                    train_loop_config={"job": reference, "board": board, "streaming": streaming,
+                                       "on_cluster": bool(settings.cluster or os.environ.get("RAY_ADDRESS"))},
+                    scaling_config=ScalingConfig(num_workers=trainer.num_workers, use_gpu=trainer.use_gpu,
+                                                 elastic_resize_monitor_interval_s=trainer.resize_interval_s,
+                                                 resources_per_worker={"CPU": trainer.cpus_per_worker,
+                                                                       **({"GPU": 1} if trainer.use_gpu else {})}),
+                    torch_config=TorchConfig(backend="nccl" if trainer.use_gpu else "gloo"),
+                    run_config=RunConfig(name=f"{run_name}-{time.time_ns()}", storage_path=storage.inner("ray"),
+                                         storage_filesystem=storage.arrow(),
+                                         failure_config=FailureConfig(max_failures=trainer.max_failures)),
+                    datasets=datasets or None,
+                    dataset_config=InOrder(),
+                ).fit()
+            except ray.train.TrainingFailedError as error:
+                raise explained(error) from error
+            except ray.exceptions.RayActorError as error:
+                lost = error
+        if watch.outcome is not None:
+            return watch.outcome
+    raise WorkerFailed(f"The process that leads the workers was lost, with trainer.max_failures = "
+                       f"{trainer.max_failures}: go on by resume=true.") from lost
 
 
 def first_blocks(job: Job, limits: Limits) -> ray.data.Dataset:

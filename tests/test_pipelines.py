@@ -31,6 +31,7 @@ INSTRUCT = ["family=instruct", "family.network.width=16", "family.network.num_la
             "family.text_layers=1", "family.text_heads=2", "family/adapter=prefix", "family.num_steps=2"]
 MULTITASK = ["family=multitask", "family.segment_s=0.4", "family.num_layers=1", "family.num_heads=2", "family.width=32",
              "family.head=flow", "data.fit_rows=400"]
+SILENT = "trainer.num_samples=0"
 FAMILIES = {"continuation": CONTINUATION, "codec_lm": CODEC_LM, "audio_gpt2": AUDIO_GPT2, "instruct": INSTRUCT,
             "multitask": MULTITASK}
 
@@ -136,8 +137,8 @@ def test_every_verb(ray_session, tmp_path, wavs, spoken, family):
     for step in (0, 6):
         assert len(list((tmp_path / "whole" / "samples" / f"step-{step:08d}").glob(f"*.generated.{made}"))) == 1
 
-    run(settings(wavs, cache, tmp_path / "cut", "trainer.stop_at_step=4", family=family))
-    run(settings(wavs, cache, tmp_path / "cut", "resume=true", family=family))
+    run(settings(wavs, cache, tmp_path / "cut", SILENT, "trainer.stop_at_step=4", family=family))
+    run(settings(wavs, cache, tmp_path / "cut", SILENT, "resume=true", family=family))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
     report = evaluate(compose(EVALUATE, [f"checkpoint={tmp_path / 'whole' / 'best'}", f"data.cache={cache}",
@@ -178,7 +179,7 @@ def test_every_verb(ray_session, tmp_path, wavs, spoken, family):
 
 
 def test_a_run_is_never_overwritten_or_resumed_by_accident(ray_session, tmp_path, wavs, cache):
-    run(settings(wavs, cache, tmp_path / "run", "trainer.max_steps=1"))
+    run(settings(wavs, cache, tmp_path / "run", SILENT, "trainer.max_steps=1"))
     with pytest.raises(ValueError, match="already holds a run .* resume=true, or give another run.dir"):
         run(settings(wavs, cache, tmp_path / "run"))
     with pytest.raises(CheckpointError, match="has no complete checkpoint"):
@@ -204,11 +205,11 @@ class KillsItsController:
 def test_a_lost_controller_is_a_failure_like_another(ray_session, tmp_path, wavs, cache):
     hook = f"trainer.hooks=[{{_target_: {__name__}.KillsItsController, folder: {tmp_path}}}]"
     with pytest.raises(WorkerFailed, match="workers was lost, with trainer.max_failures = 0: go on by resume=true"):
-        run(settings(wavs, cache, tmp_path / "run", hook))
+        run(settings(wavs, cache, tmp_path / "run", SILENT, hook))
     (tmp_path / "killed").unlink()
-    summary = run(settings(wavs, cache, tmp_path / "again", hook, "trainer.max_failures=1"))
+    summary = run(settings(wavs, cache, tmp_path / "again", SILENT, hook, "trainer.max_failures=1"))
     assert summary["steps"] == 6 and (tmp_path / "killed").exists()
-    run(settings(wavs, cache, tmp_path / "run", "resume=true"))
+    run(settings(wavs, cache, tmp_path / "run", SILENT, "resume=true"))
     assert same(weights(tmp_path / "run"), weights(tmp_path / "again"))
 
 
@@ -240,7 +241,7 @@ def test_prepared_mode_refuses_what_is_not_prepared(ray_session, tmp_path, wavs)
 def test_a_learning_rate_that_explodes_ends_with_a_sentence_and_keeps_the_last_checkpoint(
         ray_session, tmp_path, wavs, cache):
     with pytest.raises(TrainingFailed, match="not finite at step"):
-        run(settings(wavs, cache, tmp_path / "run", "+trainer.hooks=[{_target_: tests.test_pipelines.Explode}]"))
+        run(settings(wavs, cache, tmp_path / "run", SILENT, f"+trainer.hooks=[{{_target_: {__name__}.Explode}}]"))
     assert Checkpoint.open(newest(tmp_path / "run"))
 
 
@@ -262,8 +263,8 @@ def test_media_that_cannot_be_decoded_are_counted_and_the_threshold_stops_the_ru
     content[len(content) // 2 : len(content) // 2 + 2000] = b"\xff" * 2000  # the header is good, the middle is not
     flac.write_bytes(content)
     with pytest.raises(DataError, match="could not be decoded, over data.max_reject_fraction"):
-        run(settings(folder, tmp_path / "cache", tmp_path / "run"))
-    summary = run(settings(folder, tmp_path / "cache", tmp_path / "run2", "data.max_reject_fraction=0.5"))
+        run(settings(folder, tmp_path / "cache", tmp_path / "run", SILENT))
+    summary = run(settings(folder, tmp_path / "cache", tmp_path / "run2", SILENT, "data.max_reject_fraction=0.5"))
     assert summary["rows"]["examples_rejected"] > 0
     rejects = [json.loads(line) for line in (tmp_path / "run2" / "rejects.jsonl").read_text().splitlines()]
     assert rejects and all("broken" in reject["source"] for reject in rejects)
@@ -290,8 +291,8 @@ def test_the_five_tasks_through_every_verb(ray_session, tmp_path, tasks, cache):
     assert whole["steps"] == 6 and set(whole["baselines"]) == {"simple"} and whole["rows"]["used"] == 73
     made = {path.suffix for path in (tmp_path / "whole" / "samples" / "step-00000006").glob("*.generated.*")}
     assert made and made <= {".wav", ".mp4", ".txt"}
-    run(settings(rows, cache, tmp_path / "cut", "trainer.num_samples=6", "trainer.stop_at_step=4", family="multitask"))
-    run(settings(rows, cache, tmp_path / "cut", "trainer.num_samples=6", "resume=true", family="multitask"))
+    run(settings(rows, cache, tmp_path / "cut", SILENT, "trainer.stop_at_step=4", family="multitask"))
+    run(settings(rows, cache, tmp_path / "cut", SILENT, "resume=true", family="multitask"))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
     report = evaluate(compose(EVALUATE, [f"checkpoint={tmp_path / 'whole' / 'best'}", f"data.cache={cache}",

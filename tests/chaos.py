@@ -222,7 +222,7 @@ TRAINING = ("trainer.batch_size=4", "trainer.num_samples=1", "trainer.log_every_
             "trainer.cpus_per_worker=1.5", "trainer.threads_per_worker=1", "trainer.schedule.warmup_steps=0")
 PIPELINES = (
     Pipeline("train", "pipelines/train.py",
-             (*TRAINING, "trainer.num_workers=2", "trainer.max_steps=240", "trainer.checkpoint_every_steps=10",
+             (*TRAINING, "trainer.num_workers=2", "trainer.max_steps=160", "trainer.checkpoint_every_steps=10",
               "trainer.validate_every_steps=40", "data.embed_workers=2", "data.embed_num_cpus=0.5"),
              "checkpoints/*/manifest.json", trained),
     Pipeline("sweep", "tune/sweep.py",

@@ -42,6 +42,7 @@ from avray.train.board import Listener, Watch
 from avray.train.board_actor import open_board
 from avray.train.elastic import ElasticTrainer
 from avray.train.job import Job
+from avray.train.leftovers import release
 from avray.train.memory import Memory, count_parameters, estimate
 from avray.train.samples import awaited, no_longer_await
 from avray.train.summary import rejected_rows, write_summary
@@ -182,6 +183,7 @@ def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mappin
                 raise explained(error) from error
             except ray.exceptions.RayActorError as error:
                 lost = error
+                release(error.actor_id)
         if watch.outcome is not None:
             return watch.outcome
     raise WorkerFailed(f"The process that leads the workers was lost, with trainer.max_failures = "

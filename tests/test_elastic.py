@@ -81,6 +81,9 @@ def test_a_node_goes_and_another_comes(short_folder: Path) -> None:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.2)
 
+    alone = subprocess.run(train(f"run.dir={short_folder}/alone"), cwd=short_folder, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
     elastic = [f"cluster=127.0.0.1:{head}", f"run.dir={run}", "trainer.num_workers=[2,4]", "trainer.cpus_per_worker=2",
                "trainer.threads_per_worker=1", "trainer.max_failures=3", "trainer.resize_interval_s=3",
                f"trainer.hooks=[{{_target_: tests.test_elastic.Slow, folder: {short_folder}}}]"]
@@ -88,7 +91,6 @@ def test_a_node_goes_and_another_comes(short_folder: Path) -> None:
         with running(node(head), short_folder) as first:
             assert first.stdout is not None and any("Ray runtime started" in line for line in first.stdout)
             training = rest.enter_context(running(train(*elastic), short_folder))
-            alone = rest.enter_context(running(train(f"run.dir={short_folder}/alone"), short_folder))
             until(lambda: any(number == 4 for _, number in counts(short_folder)), training)
             drain(head, 120)
             until(lambda: any((run / "checkpoints").glob("step-*/manifest.json")), training)
@@ -99,7 +101,6 @@ def test_a_node_goes_and_another_comes(short_folder: Path) -> None:
         (short_folder / "fast").touch()
         said = training.communicate(timeout=200)[0]
         assert training.returncode == 0, said
-        assert (said := alone.communicate(timeout=200)[0]) and alone.returncode == 0, said
     began = [step for (step, number), (_, before) in pairwise(counts(short_folder)) if number != before]
     assert json.loads((run / "summary.json").read_text())["steps"] == NUM_STEPS
     whole, disturbed = losses(short_folder / "alone"), losses(run)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from avray.codecs import CODEC_NAMES, codec_from_settings
 from avray.codecs.base import Codes, Latents, decode_all
+from avray.codecs.bfloat16 import check_convolutions
 from avray.codecs.pretrained import Pretrained
 from avray.errors import CheckpointError, MissingDependency
 from tests.decoding import in_pieces, side_by_side
@@ -43,19 +44,19 @@ def mimi() -> torch.nn.Module:
 
 def dac(sample_rate_hz: int, ratios: list[int]) -> torch.nn.Module:
     model = transformers.DacModel(transformers.DacConfig(
-        encoder_hidden_size=4, downsampling_ratios=ratios, decoder_hidden_size=32, n_codebooks=3, codebook_size=32,
+        encoder_hidden_size=16, downsampling_ratios=ratios, decoder_hidden_size=32, n_codebooks=3, codebook_size=32,
         codebook_dim=4, sampling_rate=sample_rate_hz))
     with torch.no_grad():  # as initialised, its output is too small to tell anything by
         for weight in model.parameters():
-            weight.mul_(8 if weight.dim() == 3 else 1)
+            weight.mul_(5 if weight.dim() == 3 else 1)
     return model
 
 
 def xcodec() -> torch.nn.Module:
-    acoustic = {"encoder_hidden_size": 4, "downsampling_ratios": [8, 5, 4, 2], "upsampling_ratios": [8, 5, 4, 2],
+    acoustic = {"encoder_hidden_size": 32, "downsampling_ratios": [8, 5, 4, 2], "upsampling_ratios": [8, 5, 4, 2],
                 "decoder_hidden_size": 32, "hidden_size": 64, "model_type": "dac"}
     semantic = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
-                "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
+                "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
                 "model_type": "hubert"}
     return transformers.XcodecModel(transformers.XcodecConfig(
         acoustic_model_config=acoustic, semantic_model_config=semantic, codebook_size=32, target_bandwidths=[1.0]))
@@ -212,6 +213,18 @@ def test_bfloat16_comes_near(name: str, folders: dict[str, Path]) -> None:
     assert 0 < np.abs(latents[0] - latents[1]).max() < 0.1 * np.abs(latents[0]).max()
     sound = [decode_all(codec, latents[0][0].T) for codec in (exact, near)]
     assert np.abs(sound[0] - sound[1]).mean() < 0.1 * np.abs(sound[0]).mean()
+
+
+def test_wrong_convolutions_in_bfloat16_are_refused() -> None:
+    class Wrong(torch.nn.Conv1d):
+        def forward(self, heard: torch.Tensor) -> torch.Tensor:
+            return super().forward(heard) * (0.9 if heard.dtype == torch.bfloat16 else 1)
+
+    with pytest.raises(ValueError, match="wrong on this CPU; take float32"):
+        check_convolutions(torch.nn.Sequential(Wrong(32, 4, 3)).bfloat16())
+    right = torch.nn.Sequential(torch.nn.Conv1d(32, 4, 3), torch.nn.ConvTranspose1d(4, 2, 4, stride=2)).bfloat16()
+    check_convolutions(right)
+    assert {weight.dtype for weight in right.parameters()} == {torch.bfloat16}
 
 
 def test_codes_in_a_column(folders: dict[str, Path]) -> None:

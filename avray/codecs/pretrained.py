@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from avray.checkpoint.foreign import digest, find_weights, kept_path
+from avray.codecs.bfloat16 import check_convolutions
 from avray.codecs.dac import Dac
 from avray.codecs.encodec import Encodec24kHz
 from avray.codecs.encodec_48khz import Encodec48kHz
@@ -81,6 +82,7 @@ class Pretrained:
     bandwidth_kbps: float | None = None
     """Instead of num_codebooks: as many as fit into it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the network but its quantiser; bfloat16 is refused on a CPU whose convolutions are wrong in it."""
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
@@ -126,6 +128,8 @@ class Pretrained:
         for name, part in model.named_children():
             if name != "quantizer":
                 part.to(DTYPES[self.dtype])
+        if self.dtype == "bfloat16" and torch.device(device).type == "cpu":
+            check_convolutions(model)
         return kind.codec(model, num_codebooks, torch.device(device), DTYPES[self.dtype])
 
     def _check_rate(self, config: Any, weights: Path) -> None:

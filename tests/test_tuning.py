@@ -20,7 +20,7 @@ from avray.errors import OutOfMemory, TrainingFailed, WorkerFailed
 from avray.settings import composing
 from avray.tuning.checks import check, check_folder
 from avray.tuning.journal import Journal, Record
-from avray.tuning.resources import needs_of, room_for, too_big
+from avray.tuning.resources import DRIVER_CPUS, needs_of, of_trial, room_for, too_big
 from avray.tuning.results import best_of, pareto, ranked, table_of, value_of
 from avray.tuning.scheduling import Asha, first_rung, make_scheduler, perturb_every
 from avray.tuning.search import Listed, Suggest, Tpe, study_of
@@ -202,6 +202,12 @@ def test_how_many_at_a_time_and_why() -> None:
     gpus = sweep_settings("trainer.use_gpu=true", "trainer.num_workers=2")
     room = room_for(gpus, 0, 16, {"CPU": 80, "GPU": 4})
     assert room.trials == 2 and "there are 4 GPUs" in room.why
+
+
+def test_a_trial_of_one_worker_holds_what_the_worker_needs() -> None:
+    alone = sweep_settings("trainer.use_gpu=true", "trainer.cpus_per_worker=3")
+    assert of_trial(alone) == {"CPU": 3, "GPU": 1}
+    assert of_trial(sweep_settings("trainer.cpus_per_worker=3", "trainer.num_workers=2")) == {"CPU": DRIVER_CPUS}
 
 
 def test_what_never_fits_is_said() -> None:

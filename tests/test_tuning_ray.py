@@ -98,15 +98,18 @@ def test_a_sweep_leaves_its_best_whatever_fails(ray_session: None, common: list[
         sweep(compose(SWEEP, [*common, f"run.dir={folder}"]))
 
 
-def test_best_yaml_drops_into_train(ray_session: None, common: list[str], tmp_path: Path) -> None:
-    """Optuna and Hyperband; then the very loss of the best trial from its best.yaml."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_best_yaml_drops_into_train(ray_session: None, common: list[str], tmp_path: Path, workers: int) -> None:
+    """Optuna and Hyperband, in the trials' own processes and in two workers of each; then the very loss of the best
+    trial from its best.yaml."""
     from avray.config import TrainSettings, from_mapping
     from avray.registry import family_from_settings
     from avray.settings import composing
     from avray.train.trainer import train
 
     folder = tmp_path / "sweep"
-    sweep(compose(SWEEP, [*common, f"run.dir={folder}", "tune=hyperband", "tune.num_samples=3"]))
+    sweep(compose(SWEEP, [*common, f"run.dir={folder}", "tune=hyperband", "tune.num_samples=3",
+                          f"trainer.num_workers={workers}"]))
     summary = json.loads((folder / "summary.json").read_text())
     assert sum(summary["trials"].values()) == 3 and summary["trials"]["failed"] == 0
     mapping = composing.compose("best", TrainSettings, [f"run.dir={tmp_path}/again"], config_dir=folder,

@@ -23,7 +23,8 @@ from avray.train.samples import Asked, no_longer_await, questions, sample_folder
 
 
 class Listener(Protocol):
-    """Who wants to know more than a progress line does: a sweep. Called in the watching thread."""
+    """Who wants to know more than a progress line does: a sweep. Called in the watching thread, or where the training
+    runs in this process, in the training's and in that which saves."""
 
     def worker(self, handle: Any) -> None:
         """Rank 0's actor, at each start of the group."""
@@ -33,6 +34,9 @@ class Listener(Protocol):
 
     def saved(self, checkpoint: Path, step: int) -> None:
         """A checkpoint that is whole."""
+
+    def between_steps(self) -> None:
+        """What it raises ends the training; asked of a training in this process only."""
 
 
 @ray.remote(num_cpus=0, max_retries=1)
@@ -84,17 +88,21 @@ class Watch:
 
     def _read(self, board: Any) -> None:
         for kind, content in ray.get(board.take.remote()):
-            if kind == "progress" and self.line is not None:
-                assert isinstance(content, Progress)
-                self.line.update(content)
-            elif kind == "outcome":
-                self.outcome = content
-            elif kind in ("worker", "figures", "saved"):
-                if self.listener is not None:
-                    getattr(self.listener, kind)(*content)
-            elif kind == "sample":
-                checkpoint, step = content
-                self.sample(checkpoint, step)
+            self.hear(kind, content)
+
+    def hear(self, kind: str, content: Any) -> None:
+        """What rank 0 has to say."""
+        if kind == "progress" and self.line is not None:
+            assert isinstance(content, Progress)
+            self.line.update(content)
+        elif kind == "outcome":
+            self.outcome = content
+        elif kind in ("worker", "figures", "saved"):
+            if self.listener is not None:
+                getattr(self.listener, kind)(*content)
+        elif kind == "sample":
+            checkpoint, step = content
+            self.sample(checkpoint, step)
 
     def sample(self, checkpoint: str, step: int) -> None:
         family, tensorboard = self.job.settings.family.get("_target_"), self.job.settings.trainer.loggers.tensorboard

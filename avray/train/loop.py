@@ -54,6 +54,8 @@ class Place:
     report: Callable[[Mapping[str, float]], None] = lambda figures: None
     leaving: Callable[[], tuple[str, ...]] = lambda: ()
     """Nodes of this group that are about to be taken away; all ranks ask equally often and hear the same."""
+    between_steps: Callable[[], None] = lambda: None
+    """What it raises ends the run."""
     sample: Callable[[Path, int], None] = lambda checkpoint, step: None
     saved: Callable[[Path, int], None] = lambda checkpoint, step: None
     loggers: Callable[[int | None], LoggerGroup] = lambda resume_step: LoggerGroup([])
@@ -172,17 +174,18 @@ class Loop:
         trainer, job = self.trainer, self.job
         end = min(job.max_steps, trainer.stop_at_step or job.max_steps)
         self._call_hooks("on_train_start")
-        self.window = Window()
-        if self.step == 0:
-            self._after_step(is_first=True)
-        self.window = Window()
-        self.rows_done, self.began, self.waited_s, self.first_step = 0, time.perf_counter(), 0.0, self.step
-        with self._profiler() as profiler:
+        with self.saver or contextlib.nullcontext(), self._profiler() as profiler:
+            self.window = Window()
+            if self.step == 0:
+                self._after_step(is_first=True)
+            self.window = Window()
+            self.began, self.waited_s, self.first_step = time.perf_counter(), 0.0, self.step
             while self.step < end and not self.stopping.stop:
                 epoch, in_epoch = divmod(self.step, self.order.steps_per_epoch)
                 self._call_hooks("on_epoch_start")
                 loader = self._loader()
                 for step in loader.epoch(self.place.train_source(epoch, in_epoch), epoch, in_epoch):
+                    self.place.between_steps()
                     self._train_step(step)
                     self._after_step(is_last=self.step >= end)
                     if profiler is not None:
@@ -190,8 +193,6 @@ class Loop:
                     if self.step >= end or self.stopping.stop:
                         break
                 self._call_hooks("on_epoch_end")
-        if self.saver is not None:
-            self.saver.wait()
         self._call_hooks("on_train_end")
         self.loggers.close()
         elapsed = max(1e-9, time.perf_counter() - self.began)

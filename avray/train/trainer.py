@@ -47,26 +47,26 @@ from avray.train.memory import Memory, count_parameters, estimate
 from avray.train.samples import awaited, no_longer_await
 from avray.train.summary import rejected_rows, write_summary
 from avray.train.validation import checkpoint_loss
-from avray.train.worker import work
+from avray.train.worker import run_here, work
 
 REJECTS = "rejects.jsonl"
 
 
 def train(settings: TrainSettings, family: Family, prepared: Prepared | None = None,
-          listener: Listener | None = None) -> dict[str, Any]:
+          listener: Listener | None = None, here: bool = False) -> dict[str, Any]:
     """Train a family as the settings say; returns what ``summary.json`` holds. A sweep gives what its trials share,
-    ``prepared``, and listens.
+    ``prepared`` and embedded, and listens; ``here`` is in this process, for one worker.
 
     Raises ValueError for settings that cannot be, DataError for data, TrainingFailed when a worker fails for good.
     """
     if settings.dry_run:
         settings = dry(settings)
     with mirrored(settings.run.dir, only=(REJECTS,)) as folder:
-        return train_in(folder, settings, family, prepared, listener)
+        return train_in(folder, settings, family, prepared, listener, here)
 
 
 def train_in(folder: Path, settings: TrainSettings, family: Family, prepared: Prepared | None,
-             listener: Listener | None) -> dict[str, Any]:
+             listener: Listener | None, here: bool) -> dict[str, Any]:
     """``folder`` is the run's, or this node's copy of it."""
     began = time.perf_counter()
     check_run_dir(settings)
@@ -81,7 +81,7 @@ def train_in(folder: Path, settings: TrainSettings, family: Family, prepared: Pr
     trainer = settings.trainer
     job.train_order.worker_counts(trainer.min_workers, trainer.max_workers, trainer.accumulate)
     watch = Watch(job, listener)
-    outcome = fit(job, prepared.columns, prepared.dataset.limits, watch)
+    outcome = fit_here(job, watch) if here else fit(job, prepared.columns, prepared.dataset.limits, watch)
     watch.finish()
     extra = held_out(job, prepared) | ({"memory_bytes": memory_needed(job).as_figures()} if settings.dry_run else {})
     rows = rejected_rows(job, Cache(settings.data.cache), folder / REJECTS)
@@ -190,6 +190,15 @@ def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mappin
                        f"{trainer.max_failures}: go on by resume=true.") from lost
 
 
+def fit_here(job: Job, watch: Watch) -> Mapping[str, Any]:
+    """The same in this process: what a worker of Ray Train takes ten seconds to start for."""
+    listener = watch.listener
+    try:
+        return run_here(job, watch.hear, listener.between_steps if listener is not None else lambda: None)
+    except Exception as error:
+        raise cause_of(error) from error
+
+
 def first_blocks(job: Job, limits: Limits) -> ray.data.Dataset:
     """The stream from the step the newest checkpoint stands at."""
     start = remote.newest(job.settings.run.dir)
@@ -206,19 +215,24 @@ def explained(error: BaseException) -> Exception:
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     controller = getattr(error, "controller_failure", None)
     for failure in [*failures, *([controller] if controller is not None else [])]:
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, TrainingFailed | DataError | CheckpointError | MissingDependency | ValueError):
-                known = type(cause) if type(cause).__module__.startswith("avray") else ValueError
-                return known(str(cause).split("\n")[0])
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        text = str(failure)
-        words = ("out of memory", "can't allocate memory", "memoryerror")
-        if any(word in text.lower() for word in words) or "OutOfMemory" in type(failure).__name__:
-            return OutOfMemory("A worker ran out of memory: lower trainer.batch_size or raise trainer.accumulate, "
-                               "or take trainer.activation_checkpointing=true; see docs/troubleshooting.md.")
-        return WorkerFailed(f"A worker failed: {text.strip().splitlines()[-1] if text.strip() else failure!r}")
+        return cause_of(failure)
     return TrainingFailed(str(error).strip().splitlines()[0])
+
+
+def cause_of(failure: BaseException) -> Exception:
+    """What a worker failed of, as an error of ours."""
+    cause: BaseException | None = failure
+    while cause is not None:
+        if isinstance(cause, TrainingFailed | DataError | CheckpointError | MissingDependency | ValueError):
+            known = type(cause) if type(cause).__module__.startswith("avray") else ValueError
+            return known(str(cause).split("\n")[0])
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    text = str(failure)
+    words = ("out of memory", "can't allocate memory", "memoryerror")
+    if any(word in text.lower() for word in words) or "OutOfMemory" in type(failure).__name__:
+        return OutOfMemory("A worker ran out of memory: lower trainer.batch_size or raise trainer.accumulate, "
+                           "or take trainer.activation_checkpointing=true; see docs/troubleshooting.md.")
+    return WorkerFailed(f"A worker failed: {text.strip().splitlines()[-1] if text.strip() else failure!r}")
 
 
 def dry(settings: TrainSettings) -> TrainSettings:

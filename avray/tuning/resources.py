@@ -13,9 +13,10 @@ import ray
 from avray.config import SweepSettings
 from avray.data.cluster import SPARE_CPUS, Needs, available, grows, start_ray
 from avray.data.shared import shared_paths
+from avray.tuning.trial import trains_itself
 
 DRIVER_CPUS = 0.01
-"""Of a trial's driver: it waits for its workers nearly all the time."""
+"""Of a trial's driver where it has workers: it waits for them nearly all the time."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,14 @@ class Room:
 
     trials: int
     why: str
+
+
+def of_trial(settings: SweepSettings) -> dict[str, float]:
+    """What a trial's process holds: a worker's share where it is its own, else next to nothing."""
+    trainer = settings.trainer
+    if not trains_itself(settings):
+        return {"CPU": DRIVER_CPUS}
+    return {"CPU": trainer.cpus_per_worker, "GPU": float(trainer.use_gpu)}
 
 
 def needs_of(settings: SweepSettings, pools: int, trials: int) -> Needs:

@@ -139,7 +139,7 @@ def run(settings: SweepSettings, space: Space, journal: Journal, plan: Plan, tri
         search = Suggest(journal, asker, count)
     quiet_tune()
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(ray.tune.with_parameters(run_trial, plan=plan), {"CPU": resources.DRIVER_CPUS}),
+        ray.tune.with_resources(ray.tune.with_parameters(run_trial, plan=plan), resources.of_trial(settings)),
         param_space=space_of_ray,
         tune_config=ray.tune.TuneConfig(num_samples=1 if search is None else left, search_alg=search,
                                         scheduler=scheduler, max_concurrent_trials=concurrent, reuse_actors=True,
@@ -155,8 +155,7 @@ def run(settings: SweepSettings, space: Space, journal: Journal, plan: Plan, tri
 
 
 def quiet_tune() -> None:
-    """No loggers of Ray's beside ours, no snapshots every few seconds, Ctrl-C as anywhere else, and time for a trial's
-    thread to end before its process takes the next."""
+    """No loggers of Ray's beside ours, no snapshots every few seconds, Ctrl-C as anywhere else."""
     for name, value in {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3600",
                         "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}.items():
         os.environ.setdefault(name, value)

@@ -4,7 +4,9 @@ Notable: the trial's own folder is what it goes on from after a crash, a pause o
 from us; a checkpoint reported to it holds one line, the path of ours. That is enough for PBT: a trial that restarts
 with another trial's line copies that checkpoint into its own folder, weights, averages and moments, and trains on with
 its own learning rate. A paused trial trains on until its process is taken, so one that goes on with its own line first
-goes back to it. The process is used for one trial after another; a trial that Ray stops ends its worker at once.
+goes back to it. The process is used for one trial after another, and trains itself where one worker is asked for: Ray
+Train's would take ten times as long to start as a tiny trial takes. A trial that Ray stops ends after its step, or ends
+its workers at once.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import gc
 import json
+import os
 import queue
 import shutil
 import tempfile
@@ -36,6 +40,8 @@ from avray.registry import family_from_settings
 from avray.train.trainer import train
 from avray.tuning.space import Params, put
 
+STEP_S = 3600
+"""What a step may take, before Ray Tune gives up a trial that is to end."""
 POINTER = "avray-checkpoint.json"
 ON_DISK = ("validation_loss", "parameters", "seconds")
 """Objectives that every run has; the others are the family's metrics."""
@@ -113,8 +119,12 @@ class Clock:
         (folder / "clock.json").write_text(json.dumps(dataclasses.asdict(self)))
 
 
+class Cancelled(BaseException):
+    """A training in this process that was told to end."""
+
+
 class Reporter:
-    """Takes what the training says, in the watching thread, and queues what Ray Tune is to know."""
+    """Takes what the training says, in a thread of the training's, and queues what Ray Tune is to know."""
 
     def __init__(self, plan: Plan, seconds_before: float = 0.0) -> None:
         self.plan = plan
@@ -139,6 +149,10 @@ class Reporter:
         if self.plan.report_saved and step in self.losses:
             self.queue.put((self._result(step), checkpoint))
 
+    def between_steps(self) -> None:
+        if self.cancelled:
+            raise Cancelled
+
     def _result(self, step: int) -> dict[str, Any]:
         return {"step": step, "loss": self.losses[step], "seconds": self.seconds}
 
@@ -147,7 +161,7 @@ class Reporter:
         return round(time.perf_counter() - self.began, 2)
 
     def cancel(self) -> None:
-        """End the training now."""
+        """End the training: its workers now, in this process after its step."""
         self.cancelled = True
         for handle in self.workers:
             with contextlib.suppress(Exception):
@@ -157,6 +171,8 @@ class Reporter:
 
 def run_trial(config: dict[str, Any], plan: Plan) -> None:
     """What Ray Tune calls. ``config["trial"]``: ``number`` and ``params``."""
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(STEP_S)
+    gc.collect()  # the last trial's loop refers to itself, and holds its model
     number, params = config["trial"]["number"], config["trial"]["params"]
     folder = trial_folder(plan.settings.run.dir, number)
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,6 +200,7 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
             report(result, checkpoint)
     except SystemExit:  # Ray stops or pauses the trial here, while it reports
         reporter.cancel()
+        thread.join()
         Clock(attempt - 1, reporter.seconds).write(folder)  # a pause that was asked for is no failure
         raise
     thread.join()
@@ -220,8 +237,8 @@ def train_trial(plan: Plan, params: Params, folder: Path, reporter: Reporter) ->
     references = plan.prepared or ray.get(plan.preparer.prepared.remote(settings))
     prepared: Prepared = ray.get(references[0])
     summary_path = folder / "summary.json"
-    summary = json.loads(summary_path.read_text()) if summary_path.exists() else train(settings, family, prepared,
-                                                                                      reporter)
+    summary = json.loads(summary_path.read_text()) if summary_path.exists() else train(
+        settings, family, prepared, reporter, here=trains_itself(plan.settings))
     values = {"validation_loss": summary["best_validation_loss"], "parameters": summary["parameters"],
               "seconds": reporter.seconds}
     wanted = [one.metric for one in plan.settings.tune.objectives if one.metric not in ON_DISK]
@@ -229,6 +246,11 @@ def train_trial(plan: Plan, params: Params, folder: Path, reporter: Reporter) ->
         measured = measure_family(plan.settings, family, prepared, summary["checkpoint"])
         values |= {name: measured[name] for name in wanted}
     return values
+
+
+def trains_itself(settings: SweepSettings) -> bool:
+    """Whether a trial's process is its worker."""
+    return settings.trainer.max_workers == 1
 
 
 def measure_family(settings: SweepSettings, family: Family, prepared: Prepared, checkpoint: str) -> dict[str, float]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from tests.chaos import opened
 
-SEEDS = int(os.environ.get("AVRAY_CHAOS_SEEDS", "1"))
-"""Three take ten minutes on two cores."""
+SEEDS = 3
 
 
 @pytest.mark.ray

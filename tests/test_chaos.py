@@ -6,14 +6,12 @@ import pytest
 
 from tests.chaos import opened
 
-SEEDS = 3
-
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_at_random_moments() -> None:
-    """The faults of all seeds in one round, since what takes long is to start."""
+    """The faults of three seeds in one round, since what takes long is to start."""
     with opened() as site:
-        record = site.round(*range(SEEDS))
+        record = site.round(0, 1, 2)
     assert not record.wrong, record

@@ -4,6 +4,7 @@ import csv
 import io
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from avray.train.loggers import (
     WandbLogger,
     open_loggers,
     read_metrics,
+    run_name,
 )
 
 TONE = Audio(0.5 * np.sin(np.arange(2400, dtype=np.float32) / 8)[None].repeat(2, axis=0), 24_000)
@@ -153,7 +155,7 @@ def test_settings_open_what_they_name(tmp_path):
 
 def test_wandb_is_given_our_step(tmp_path, monkeypatch):
     logged = []
-    run = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append("finished"),
+    run = types.SimpleNamespace(log=logged.append, finish=lambda exit_code: logged.append(exit_code),
                                 define_metric=lambda *_args, **_kwargs: None)
     fake = types.SimpleNamespace(init=lambda **_kwargs: run, Image=lambda rgb: ("image", rgb.shape),
                                  Audio=lambda samples, sample_rate: ("audio", samples.shape, sample_rate))
@@ -164,7 +166,14 @@ def test_wandb_is_given_our_step(tmp_path, monkeypatch):
     logger.image(7, "picture", RED)
     logger.close()
     assert logged == [{"step": 7, "loss": 0.5}, {"step": 7, "sample": ("audio", (2400, 2), 24_000)},
-                      {"step": 7, "picture": ("image", (8, 16, 3))}, "finished"]
+                      {"step": 7, "picture": ("image", (8, 16, 3))}, 0]
+    logger.close(failed=True)
+    assert logged[-1] == 1
+
+
+def test_trials_of_two_sweeps_are_not_one_run_of_a_service():
+    assert run_name(Path("runs/a/trials/0003")) == "a-0003" != run_name(Path("runs/b/trials/0003"))
+    assert run_name(Path("runs/mine")) == "mine"
 
 
 class Terminal(io.StringIO):

@@ -34,7 +34,7 @@ class Logger(Protocol):
 
     def image(self, step: int, name: str, rgb: np.ndarray) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None: ...
 
 
 class LoggerGroup:
@@ -55,9 +55,10 @@ class LoggerGroup:
         for logger in self.loggers:
             logger.image(step, name, rgb)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """``failed``: the run did not come to its end."""
         for logger in self.loggers:
-            logger.close()
+            logger.close(failed)
 
 
 class TensorBoardLogger:
@@ -80,7 +81,7 @@ class TensorBoardLogger:
     def image(self, step: int, name: str, rgb: np.ndarray) -> None:
         self.writer.add_image(name, rgb, step, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.writer.close()
 
 
@@ -127,7 +128,7 @@ class CsvLogger:
     def image(self, step: int, name: str, rgb: np.ndarray) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.file.close()
 
     def _append(self, row: dict[str, str]) -> None:
@@ -184,8 +185,8 @@ class WandbLogger:
     def image(self, step: int, name: str, rgb: np.ndarray) -> None:
         self.run.log({"step": step, name: self.wandb.Image(rgb)})
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool = False) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
 class MlflowLogger:
@@ -217,8 +218,8 @@ class MlflowLogger:
     def image(self, step: int, name: str, rgb: np.ndarray) -> None:
         self.client.log_image(self.run_id, rgb, artifact_file=f"{name}/step-{step:08d}.png")
 
-    def close(self) -> None:
-        self.client.set_terminated(self.run_id)
+    def close(self, failed: bool = False) -> None:
+        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
 def open_loggers(settings: LoggerSettings, run_dir: Path, config: Mapping[str, Any],
@@ -235,10 +236,15 @@ def open_loggers(settings: LoggerSettings, run_dir: Path, config: Mapping[str, A
     if settings.tensorboard:
         loggers.append(TensorBoardLogger(run_dir / "tensorboard", resume_step))
     if settings.wandb:
-        loggers.append(WandbLogger(settings.wandb_project, run_dir.name, run_dir, config))
+        loggers.append(WandbLogger(settings.wandb_project, run_name(run_dir), run_dir, config))
     if settings.mlflow:
-        loggers.append(MlflowLogger("avray", run_dir.name, config))
+        loggers.append(MlflowLogger("avray", run_name(run_dir), config))
     return LoggerGroup(loggers)
+
+
+def run_name(run_dir: Path) -> str:
+    """What the services call a run: its folder's name, after its sweep's where it is a trial, whose own is a number."""
+    return f"{run_dir.parents[1].name}-{run_dir.name}" if run_dir.parent.name == "trials" else run_dir.name
 
 
 def _optional(module: str) -> Any:

@@ -171,6 +171,20 @@ class Loop:
 
     def run(self) -> Outcome:
         """Train. TrainingFailed, naming step and rows, on a loss that is not finite."""
+        try:
+            self._steps()
+            self._call_hooks("on_train_end")
+        except BaseException:
+            self.loggers.close(failed=True)
+            raise
+        self.loggers.close()
+        elapsed = max(1e-9, time.perf_counter() - self.began)
+        last = self.validation
+        return Outcome(self.step, self.stopping.best, last.loss if last else None, last.baselines if last else {},
+                       (self.step - self.first_step) * self.order.batch_size / elapsed,
+                       self.waited_s / elapsed, self.stopping.stop)
+
+    def _steps(self) -> None:
         trainer, job = self.trainer, self.job
         end = min(job.max_steps, trainer.stop_at_step or job.max_steps)
         self._call_hooks("on_train_start")
@@ -193,13 +207,6 @@ class Loop:
                     if self.step >= end or self.stopping.stop:
                         break
                 self._call_hooks("on_epoch_end")
-        self._call_hooks("on_train_end")
-        self.loggers.close()
-        elapsed = max(1e-9, time.perf_counter() - self.began)
-        last = self.validation
-        return Outcome(self.step, self.stopping.best, last.loss if last else None, last.baselines if last else {},
-                       (self.step - self.first_step) * self.order.batch_size / elapsed,
-                       self.waited_s / elapsed, self.stopping.stop)
 
     def _train_step(self, step: Step) -> None:
         counts = total([sum(batch.counts[name] for batch in step.micro_batches) for name in self.names], self.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -214,8 +215,8 @@ def explained(error: BaseException) -> Exception:
     """The worker's own error where there is one, as one sentence; the traceback stays chained."""
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     controller = getattr(error, "controller_failure", None)
-    for failure in [*failures, *([controller] if controller is not None else [])]:
-        return cause_of(failure)
+    if failures or controller is not None:
+        return cause_of([*failures, controller][0])
     return TrainingFailed(str(error).strip().splitlines()[0])
 
 
@@ -227,12 +228,12 @@ def cause_of(failure: BaseException) -> Exception:
             known = type(cause) if type(cause).__module__.startswith("avray") else ValueError
             return known(str(cause).split("\n")[0])
         cause = getattr(cause, "cause", None) or cause.__cause__
-    text = str(failure)
+    text = "".join(traceback.format_exception_only(failure)).strip()
     words = ("out of memory", "can't allocate memory", "memoryerror")
     if any(word in text.lower() for word in words) or "OutOfMemory" in type(failure).__name__:
         return OutOfMemory("A worker ran out of memory: lower trainer.batch_size or raise trainer.accumulate, "
                            "or take trainer.activation_checkpointing=true; see docs/troubleshooting.md.")
-    return WorkerFailed(f"A worker failed: {text.strip().splitlines()[-1] if text.strip() else failure!r}")
+    return WorkerFailed(f"A worker failed: {text.splitlines()[-1]}")
 
 
 def dry(settings: TrainSettings) -> TrainSettings:

@@ -42,17 +42,12 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def heed_interrupts() -> None:
-    """What a shell starts in the background ignores SIGINT, and so would all that the tests start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @contextmanager
 def running(command: list[str], cwd: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE_")}
     given = {**inherited, **TOKEN, "PYTHONPATH": str(ROOT), **environment}
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env=given, start_new_session=True, preexec_fn=heed_interrupts)
+                               env=given, start_new_session=True)
     try:
         yield process
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,10 @@ SMALL_MACHINE = {
 }
 for name, value in SMALL_MACHINE.items():
     os.environ.setdefault(name, value)
+
+# What a shell starts in the background ignores SIGINT, and so would the commands that tests end by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import tests.shapes  # noqa: E402, F401 (the hook names it)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from avray.tuning.checks import check, check_folder
 from avray.tuning.journal import Journal, Record
 from avray.tuning.resources import DRIVER_CPUS, needs_of, of_trial, room_for, too_big
 from avray.tuning.results import best_of, pareto, ranked, table_of, value_of
-from avray.tuning.scheduling import Asha, first_rung, make_scheduler, perturb_every
+from avray.tuning.scheduling import Asha, first_rung, make_scheduler, perturb_every, reason_of
 from avray.tuning.search import Listed, Suggest, Tpe, study_of
 from avray.tuning.space import candidates, default_params, put, read_space
+from avray.tuning.sweep import heed_memory_kills
 from avray.tuning.trial import Plan, finish, trial_settings
 
 LR = "trainer.optimizer.lr"
@@ -208,6 +210,31 @@ def test_a_trial_of_one_worker_holds_what_the_worker_needs() -> None:
     alone = sweep_settings("trainer.use_gpu=true", "trainer.cpus_per_worker=3")
     assert of_trial(alone) == {"CPU": 3, "GPU": 1}
     assert of_trial(sweep_settings("trainer.cpus_per_worker=3", "trainer.num_workers=2")) == {"CPU": DRIVER_CPUS}
+    assert room_for(sweep_settings(), 0, 16, {"CPU": 9}).trials == 8
+
+
+def test_trials_leave_the_encoders_beside_them_their_gpus() -> None:
+    settings = sweep_settings("trainer.use_gpu=true", "data.embed_workers=1", "data.embed_num_gpus=0.5")
+    assert room_for(settings, 1, 16, {"CPU": 80, "GPU": 4}).trials == 4
+    room = room_for(settings, 1, 16, {"CPU": 80, "GPU": 4}, embeds_beside=True)
+    assert room.trials == 3 and "3.5 of 4 GPUs are left for trials" in room.why
+
+
+def test_a_trial_killed_for_its_memory_is_one_that_failed() -> None:
+    """Ray's monitor kills it; Ray Tune would end the sweep."""
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    heed_memory_kills()
+    heed_memory_kills()
+    told: list[Exception] = []
+    actor = types.SimpleNamespace(actor_id=1, _on_error=lambda _actor, error: told.append(error))
+    task = types.SimpleNamespace(_tracked_actor=actor, _on_error=lambda _actor, error: told.append(error))
+    manager = types.SimpleNamespace(_failed_actor_ids=set(), _cleanup_actor=lambda tracked_actor: None)
+    RayActorManager._actor_task_failed(manager, task, OutOfMemoryError("node running low on memory"))  # type: ignore[arg-type]
+    assert len(told) == 2 and all(isinstance(error, RayActorError) for error in told)
+    trial = types.SimpleNamespace(get_error=lambda: told[0])
+    assert reason_of(trial).startswith("The trial ran out of memory: search smaller models")
 
 
 def test_what_never_fits_is_said() -> None:

@@ -108,10 +108,10 @@ def test_best_yaml_drops_into_train(ray_session: None, common: list[str], tmp_pa
     from avray.train.trainer import train
 
     folder = tmp_path / "sweep"
-    sweep(compose(SWEEP, [*common, f"run.dir={folder}", "tune=hyperband", "tune.num_samples=3",
+    sweep(compose(SWEEP, [*common, f"run.dir={folder}", "tune=hyperband", f"tune.num_samples={4 - workers}",
                           f"trainer.num_workers={workers}"]))
     summary = json.loads((folder / "summary.json").read_text())
-    assert sum(summary["trials"].values()) == 3 and summary["trials"]["failed"] == 0
+    assert sum(summary["trials"].values()) == 4 - workers and summary["trials"]["failed"] == 0
     mapping = composing.compose("best", TrainSettings, [f"run.dir={tmp_path}/again"], config_dir=folder,
                                 config_name="best")
     settings = from_mapping(TrainSettings, mapping)

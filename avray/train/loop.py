@@ -174,8 +174,8 @@ class Loop:
         try:
             self._steps()
             self._call_hooks("on_train_end")
-        except BaseException:
-            self.loggers.close(failed=True)
+        except BaseException as error:
+            self.loggers.close(failed=isinstance(error, Exception))
             raise
         self.loggers.close()
         elapsed = max(1e-9, time.perf_counter() - self.began)

@@ -9,6 +9,7 @@ exist is its manifest, and what a restarted group goes on from is the newest of 
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import time
 import traceback
@@ -19,6 +20,7 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from omegaconf import OmegaConf
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -194,10 +196,14 @@ def fit(job: Job, columns: list[Column], limits: Limits, watch: Watch) -> Mappin
 def fit_here(job: Job, watch: Watch) -> Mapping[str, Any]:
     """The same in this process: what a worker of Ray Train takes ten seconds to start for."""
     listener = watch.listener
+    if job.settings.trainer.compile:
+        torch.compiler.reset()  # of what this process compiled for other models
     try:
         return run_here(job, watch.hear, listener.between_steps if listener is not None else lambda: None)
     except Exception as error:
         raise cause_of(error) from error
+    finally:
+        gc.collect()  # the loop refers to itself, and holds the model
 
 
 def first_blocks(job: Job, limits: Limits) -> ray.data.Dataset:

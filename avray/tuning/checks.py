@@ -16,7 +16,8 @@ from avray.tuning.space import Space, look_up
 from avray.tuning.trial import ON_DISK, trial_settings
 
 FIXED = ("run", "tune", "resume", "dry_run", "cluster", "logging", "init_from", "data.cache", "trainer.num_workers",
-         "trainer.cpus_per_worker", "trainer.use_gpu", "trainer.device", "trainer.hooks", "trainer.stop_at_step")
+         "trainer.cpus_per_worker", "trainer.parallel", "trainer.use_gpu", "trainer.device", "trainer.hooks",
+         "trainer.stop_at_step")
 """The sweep's own: where it runs, on what, and where its results go."""
 COMPARED = ("trainer.max_steps", "trainer.max_epochs", "trainer.validate_every_steps", "trainer.validate_max_rows")
 """Not searched where trials are compared at the same step."""

@@ -35,15 +35,20 @@ def of_trial(settings: SweepSettings) -> dict[str, float]:
     return {"CPU": trainer.cpus_per_worker, "GPU": float(trainer.use_gpu)}
 
 
+def driver_cpus(settings: SweepSettings) -> float:
+    return 0.0 if trains_itself(settings) else DRIVER_CPUS
+
+
 def needs_of(settings: SweepSettings, pools: int, trials: int) -> Needs:
     """Embedding is shared, so its actors count once; ``trials`` drivers and their workers beside them."""
     trainer, data = settings.trainer, settings.data
     return Needs(pools, data.embed_workers, data.embed_num_cpus, data.embed_num_gpus, trainer.max_workers * trials,
-                 trainer.cpus_per_worker + DRIVER_CPUS / trainer.max_workers, float(trainer.use_gpu))
+                 trainer.cpus_per_worker + driver_cpus(settings) / trainer.max_workers, float(trainer.use_gpu))
 
 
-def start(settings: SweepSettings, pools: int, count: int) -> Room:
-    """Start or join Ray. ValueError where not even one trial can ever be scheduled."""
+def start(settings: SweepSettings, pools: int, count: int, embeds_beside: bool) -> Room:
+    """Start or join Ray; ``embeds_beside``: encoders run while trials do. ValueError where not even one trial can ever
+    be scheduled."""
     tune, trainer, verbose = settings.tune, settings.trainer, settings.logging.level == "debug"
     own = settings.cluster is None and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
     cores = os.cpu_count() or 1
@@ -58,7 +63,7 @@ def start(settings: SweepSettings, pools: int, count: int) -> Room:
     refusal = one.refusal(resources) or (None if grows() else too_big(settings, nodes))
     if refusal:
         raise ValueError(f"Not even one trial fits. {refusal}")
-    return room_for(settings, pools, count, resources, cores if own else None)
+    return room_for(settings, pools, count, resources, cores if own else None, embeds_beside)
 
 
 def too_big(settings: SweepSettings, nodes: Sequence[Mapping[str, Any]]) -> str | None:
@@ -73,16 +78,18 @@ def too_big(settings: SweepSettings, nodes: Sequence[Mapping[str, Any]]) -> str 
 
 
 def room_for(settings: SweepSettings, pools: int, count: int, resources: Mapping[str, float],
-             cores: int | None = None) -> Room:
+             cores: int | None = None, embeds_beside: bool = False) -> Room:
     """As many as are asked for, as there are trials, and as the CPUs and GPUs hold."""
     tune, trainer, data = settings.tune, settings.trainer, settings.data
-    cpus = trainer.max_workers * trainer.cpus_per_worker + DRIVER_CPUS
+    cpus = trainer.max_workers * trainer.cpus_per_worker + driver_cpus(settings)
     kept = SPARE_CPUS + pools * data.embed_workers * data.embed_num_cpus
     have = resources.get("CPU", 0.0)
     limits = {f"{have - kept:g} of {have:g} CPUs are left for trials": max(1, math.floor((have - kept) / cpus + 1e-6))}
     if trainer.use_gpu:
-        gpus = resources.get("GPU", 0.0)
-        limits[f"there are {gpus:g} GPUs"] = max(1, int(gpus // trainer.max_workers))
+        has = resources.get("GPU", 0.0)
+        gpus = has - (pools * data.embed_workers * data.embed_num_gpus if embeds_beside else 0)
+        why = f"there are {has:g} GPUs" if gpus == has else f"{gpus:g} of {has:g} GPUs are left for trials"
+        limits[why] = max(1, int(gpus // trainer.max_workers))
     if tune.max_concurrent is not None:
         limits[f"tune.max_concurrent={tune.max_concurrent}"] = tune.max_concurrent
     limits[f"there are {count} trials"] = count

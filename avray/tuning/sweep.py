@@ -9,6 +9,7 @@ the data, one actor prepares each kind of data once for the trials that ask for 
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import ray
 import ray.tune
 from omegaconf import OmegaConf
+from ray.air.execution._internal.actor_manager import RayActorManager
 
 from avray.config import SweepSettings, from_mapping, to_mapping
 from avray.data.shared import check_cache
@@ -57,7 +59,7 @@ def sweep(settings: SweepSettings) -> str:
     count = len(trials) if trials is not None else settings.tune.num_samples
     assert count is not None
     family = family_from_settings(settings.family)
-    room = resources.start(settings, len(family.columns(None)), count)
+    room = resources.start(settings, len(family.columns(None)), count, has_own_data(space))
     say(settings, described(settings, space, count) + "\n" + room.why)
     if settings.dry_run:
         return "Nothing was trained: dry_run=true."
@@ -103,11 +105,16 @@ def described(settings: SweepSettings, space: Space, count: int) -> str:
             f"{', '.join(space.keys)} for {goals}.{note}")
 
 
+def has_own_data(space: Space) -> bool:
+    """Whether trials differ in what is embedded or learnt from the data, so that it is prepared while they run."""
+    return any(below(key, OWN_DATA) and not below(key, MOVES) for key in space.keys)
+
+
 def plan_of(settings: SweepSettings, space: Space) -> Plan:
     """What trials share."""
     every = perturb_every(settings) if settings.tune.scheduler == "pbt" else 0
     folder = Path(settings.run.dir)
-    if any(below(key, OWN_DATA) and not below(key, MOVES) for key in space.keys):
+    if has_own_data(space):
         return Plan(settings, [], Preparer.remote(str(folder)), bool(every), every)  # type: ignore[attr-defined]
     family = family_from_settings(settings.family)
     say(settings, "Preparing the data once for all trials.")
@@ -138,6 +145,7 @@ def run(settings: SweepSettings, space: Space, journal: Journal, plan: Plan, tri
         asker = Listed(trials) if trials is not None else Tpe(space, journal, tune, settings.seed, default)
         search = Suggest(journal, asker, count)
     quiet_tune()
+    heed_memory_kills()
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(ray.tune.with_parameters(run_trial, plan=plan), resources.of_trial(settings)),
         param_space=space_of_ray,
@@ -159,6 +167,22 @@ def quiet_tune() -> None:
     for name, value in {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3600",
                         "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}.items():
         os.environ.setdefault(name, value)
+
+
+def heed_memory_kills() -> None:
+    """Ray kills what has the most memory before a node runs out. Where that is a trial's process, Ray Tune 2.60 knows
+    no such error and ends the sweep: it is told of a process that died, which is what it can deal with."""
+    inner = RayActorManager._actor_task_failed
+    if hasattr(inner, "__wrapped__"):
+        return
+
+    @functools.wraps(inner)
+    def failed(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, ray.exceptions.OutOfMemoryError):
+            exception = ray.exceptions.RayActorError(error_msg=f"OutOfMemory: {exception}")
+        inner(self, tracked_actor_task, exception)
+
+    RayActorManager._actor_task_failed = failed
 
 
 def conclude(settings: SweepSettings, space: Space, journal: Journal, seconds: float, concurrent: int) -> str:

@@ -3,10 +3,10 @@
 Notable: the trial's own folder is what it goes on from after a crash, a pause or a killed sweep. Ray gets no weights
 from us; a checkpoint reported to it holds one line, the path of ours. That is enough for PBT: a trial that restarts
 with another trial's line copies that checkpoint into its own folder, weights, averages and moments, and trains on with
-its own learning rate. A paused trial trains on until its process is taken, so one that goes on with its own line first
-goes back to it. The process is used for one trial after another, and trains itself where one worker is asked for: Ray
-Train's would take ten times as long to start as a tiny trial takes. A trial that Ray stops ends after its step, or ends
-its workers at once.
+its own learning rate. The process is used for one trial after another, and trains itself where one worker is asked for:
+Ray Train's would take ten times as long to start as a tiny trial takes. A trial that Ray stops ends after its step, or
+ends its workers at once. Workers of a paused trial train on until its process is taken, so one that goes on with its
+own line first goes back to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import gc
 import json
 import os
 import queue
@@ -150,6 +149,9 @@ class Reporter:
             self.queue.put((self._result(step), checkpoint))
 
     def between_steps(self) -> None:
+        """Where the process trains itself: PBT's pauses begin at a report, so nothing is done before it is answered."""
+        while self.plan.report_saved and self.queue.unfinished_tasks and not self.cancelled:
+            time.sleep(0.01)
         if self.cancelled:
             raise Cancelled
 
@@ -172,7 +174,6 @@ class Reporter:
 def run_trial(config: dict[str, Any], plan: Plan) -> None:
     """What Ray Tune calls. ``config["trial"]``: ``number`` and ``params``."""
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(STEP_S)
-    gc.collect()  # the last trial's loop refers to itself, and holds its model
     number, params = config["trial"]["number"], config["trial"]["params"]
     folder = trial_folder(plan.settings.run.dir, number)
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,10 +199,12 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
     try:
         for result, checkpoint in iter(reporter.queue.get, None):
             report(result, checkpoint)
-    except SystemExit:  # Ray stops or pauses the trial here, while it reports
+            reporter.queue.task_done()
+    except BaseException as error:
         reporter.cancel()
         thread.join()
-        Clock(attempt - 1, reporter.seconds).write(folder)  # a pause that was asked for is no failure
+        if isinstance(error, SystemExit):  # Ray stops or pauses the trial here, while it reports: no failure
+            Clock(attempt - 1, reporter.seconds).write(folder)
         raise
     thread.join()
     ended = outcome[0]
@@ -210,6 +213,8 @@ def run_trial(config: dict[str, Any], plan: Plan) -> None:
     # Only the last line says that it was the last: what is under way has no state.
     ray.tune.report({"seconds": reporter.seconds, "step": max(reporter.losses, default=0),
                      "loss": reporter.losses[max(reporter.losses)] if reporter.losses else float("nan"), **final})
+    if isinstance(ended, WorkerFailed) and trains_itself(plan.settings):
+        raise ended  # or the next trial would have this process, and a CUDA that may be past use
 
 
 def validated(folder: Path) -> dict[int, float]:
@@ -250,7 +255,7 @@ def train_trial(plan: Plan, params: Params, folder: Path, reporter: Reporter) ->
 
 def trains_itself(settings: SweepSettings) -> bool:
     """Whether a trial's process is its worker."""
-    return settings.trainer.max_workers == 1
+    return settings.trainer.max_workers == 1 and settings.trainer.parallel == "ddp"
 
 
 def measure_family(settings: SweepSettings, family: Family, prepared: Prepared, checkpoint: str) -> dict[str, float]:

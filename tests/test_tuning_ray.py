@@ -44,7 +44,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 class Breaks:
-    """A hook that fails as its trial's batch size says, and once only where it is 4."""
+    """A hook that fails as its trial's batch size says: always, or with its process and once only where it is 4."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -53,6 +53,8 @@ class Breaks:
         size = loop.trainer.batch_size
         if size == 3:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
+        if size == 5:
+            raise KeyError("broken")
         if size == 4 and not (self.folder / "broken").exists():
             (self.folder / "broken").touch()
             os._exit(1)
@@ -68,24 +70,27 @@ class Dawdles:
 
 def test_a_sweep_leaves_its_best_whatever_fails(ray_session: None, common: list[str], tmp_path: Path,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    """Three batch sizes: one fine, one whose worker dies once, one out of memory. Two objectives, a family's metric."""
+    """Four batch sizes: one fine, one whose worker dies once, one out of memory, one that breaks each time. Two
+    objectives, a family's metric."""
     from avray.generation.one import generate
 
     folder = tmp_path / "sweep"
     said = sweep(compose(SWEEP, [
-        *common, f"run.dir={folder}", "tune=grid", "tune.space.trainer.batch_size={choice: [6, 4, 3]}",
+        *common, f"run.dir={folder}", "tune=grid", "tune.space.trainer.batch_size={choice: [6, 4, 3, 5]}",
         "tune.space.trainer.optimizer.lr=null", "tune.space.trainer.optimizer.weight_decay=null",
         "tune.space.family.dropout=null", "tune.metric_samples=1",
         "tune.objectives=[{metric: validation_loss}, {metric: log_mel_distance_db}]",
         f"trainer.hooks=[{{_target_: {__name__}.Breaks, folder: {tmp_path}}}]"]))
     found = {int(row["trainer.batch_size"]): row for row in rows(folder)}
-    assert {size: row["state"] for size, row in found.items()} == {6: "finished", 4: "finished", 3: "failed"}
+    assert {size: row["state"] for size, row in found.items()} == {6: "finished", 4: "finished", 3: "failed",
+                                                                   5: "failed"}
     assert (tmp_path / "broken").exists(), "the trial whose worker died was started again"
     assert found[3]["error"].startswith("A worker ran out of memory: lower trainer.batch_size")
+    assert found[5]["error"] == "A worker failed: KeyError: 'broken'"
     assert all(np.isfinite(float(found[size]["log_mel_distance_db"])) for size in (4, 6))
     assert "2 trials at a time, as tune.max_concurrent=2" in capsys.readouterr().err
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["trials"] == {"finished": 2, "stopped": 0, "failed": 1} and 1 <= len(summary["pareto"]) <= 2
+    assert summary["trials"] == {"finished": 2, "stopped": 0, "failed": 2} and 1 <= len(summary["pareto"]) <= 2
     assert (folder / "pareto.csv").exists() and (folder / "loss.png").exists() and (folder / "parallel.png").exists()
     assert f"{folder}/best" in said
     best = Checkpoint.open(folder / "best")

@@ -126,7 +126,7 @@ def test_best_yaml_drops_into_train(ray_session: None, common: list[str], tmp_pa
 
 def test_pbt_copies_weights_and_moments(ray_session: None, common: list[str], tmp_path: Path) -> None:
     """After an exploit the trial's parameters are the donor's, bit for bit, its rate its own, and it trains on. One
-    trial is faster and runs ahead while it is paused, which must not count."""
+    trial is faster and has to wait, and what it does meanwhile must not count."""
     folder = tmp_path / "sweep"
     sweep(compose(SWEEP, [*common, f"run.dir={folder}", "tune=pbt", "tune.num_samples=2", "trainer.max_steps=6",
                           "tune.perturb_every_steps=2", "tune.quantile=0.5",

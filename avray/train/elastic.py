@@ -24,7 +24,6 @@ class EvenCounts(ElasticScalingPolicy):
     def __init__(self, scaling_config: ScalingConfig, counts: Sequence[int]) -> None:
         super().__init__(scaling_config)
         self.counts = counts
-
         self.running = 0
 
     def make_decision_for_non_running_worker_group(self) -> Any:
